@@ -91,7 +91,7 @@ def _playhouse() -> Corpus:
 def _shakespeare(path: Path) -> Corpus:
     text = _read(path)
     if _sha256(text) != SHAKESPEARE_SHA256:
-        raise ValueError(f"{path} is not tiny Shakespeare (its SHA-256 differs): delete it, then `python -m slm_lib download`")
+        raise ValueError(f"{path} is not tiny Shakespeare (its SHA-256 differs): delete it, then download it anew")
     return Corpus("shakespeare", text, path.name, SHAKESPEARE_SHA256, None, _symbols(text), int(0.9 * len(text)))
 
 
@@ -105,7 +105,7 @@ def _own_file(path: Path) -> Corpus:
 def _read(path: Path) -> str:
     """The text of a UTF-8 file with line ends made "\\n", or an error that names the file and the reason."""
     if not path.is_file():
-        raise FileNotFoundError(f"no corpus or file is called '{path}': use 'shakespeare', 'playhouse' or a text file's path")
+        raise FileNotFoundError(f"no corpus or file '{path}': use 'shakespeare', 'playhouse' or a text file's path")
     raw = path.read_bytes()
     if not raw:
         raise ValueError(f"{path} is empty: give a file with text in it")
@@ -265,22 +265,29 @@ class CharTokenizer:
             raise ValueError(f"ids must lie in 0..{self.vocab_size - 1}: these come from another tokenizer")
         return "".join(self.symbols[i] for i in ids)
 
+    def to_json(self) -> str:
+        """The tokenizer as a line of JSON."""
+        return json.dumps({"kind": "characters", "version": 1, "symbols": self.symbols}) + "\n"
+
+    @classmethod
+    def from_json(cls, stored: str) -> "CharTokenizer":
+        """The tokenizer that `to_json` wrote. Raises ValueError for a damaged text or one of another kind."""
+        try:
+            fields = json.loads(stored)
+            if (fields["kind"], fields["version"]) != ("characters", 1):
+                raise ValueError
+            return cls("".join(fields["symbols"]))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError("this is no character tokenizer of version 1, or a damaged one: save it again") from None
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the tokenizer as JSON."""
-        stored = {"kind": "characters", "version": 1, "symbols": self.symbols}
-        Path(path).write_text(json.dumps(stored) + "\n", encoding="utf-8")
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CharTokenizer":
-        """Read a tokenizer that `save` wrote. Raises ValueError for a damaged file or one of another kind."""
-        try:
-            stored = json.loads(Path(path).read_text(encoding="utf-8"))
-            kind, symbols = (stored["kind"], stored["version"]), stored["symbols"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} is not a tokenizer file, or a damaged one: save the tokenizer again") from None
-        if kind != ("characters", 1) or not isinstance(symbols, str):
-            raise ValueError(f"{path} holds a tokenizer of kind {kind}, not ('characters', 1): load it with what wrote it")
-        return cls(symbols)
+        """Read a tokenizer that `save` wrote. Raises ValueError as `from_json` does."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
 
 def draw_batch(

@@ -1,0 +1,218 @@
+"""The command line: python -m slm_lib download | train | evaluate | generate | run-notebooks | record-notebooks."""
+
+import argparse
+import dataclasses
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from slm_lib import checkpoints, data, generation, training
+from slm_lib.blocks import GPT, GPTConfig
+from slm_lib.ngrams import loss_units
+
+RUNS = Path("runs")
+SIZES = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
+TYPES = {"int": int, "float": float}
+
+
+def add_train(commands) -> None:
+    parser = commands.add_parser("train", help="train a model from nothing, or go on with one (--resume)")
+    parser.set_defaults(call=train)
+    parser.add_argument("--preset", default="shakespeare-cpu", choices=training.PRESETS, help="the recipe to start from")
+    parser.add_argument("--corpus", help="shakespeare, playhouse or a text file; by default what is here")
+    parser.add_argument("--out", type=Path, help="folder for checkpoints and model; by default a new one in runs/")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on from the newest checkpoint in FOLDER")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default): the best one found")
+    parser.add_argument("--design", default="modern", choices=["modern", "gpt2"], help="the model's design")
+    for name in SIZES:
+        parser.add_argument(_flag(name), type=float if name == "dropout" else int, help="instead of the preset's")
+    for field in dataclasses.fields(training.TrainingConfig):
+        parser.add_argument(_flag(field.name), type=field.type, help="instead of the preset's")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train, with checkpoints on the way, and end with the loss on the whole validation text and a sample."""
+    device = training.choose_device(args.device)
+    corpus = data.load_corpus(args.corpus or training.PRESETS[args.preset].corpus)
+    tokenizer = data.CharTokenizer(corpus.symbols)
+    train_ids, val_ids = (tokenizer.encode(text) for text in data.split(corpus))
+    if args.resume:
+        folder = args.resume
+        trainer = _resume(folder, train_ids, device)
+    else:
+        folder = args.out or _new_folder(RUNS / args.preset)
+        trainer = _start(args, tokenizer, train_ids, device)
+    model, config = trainer.model, trainer.config
+    print(f"model: {model.n_parameters:,} parameters on {device}; {config.max_iters:,} steps of {config.batch_size} x "
+          f"{trainer.block_size} characters; checkpoints in {folder}")
+
+    def keep_checkpoint(trainer: training.Trainer) -> None:
+        if trainer.step and not (folder / f"step-{trainer.step:06d}").exists():
+            trainer.save(folder / f"step-{trainer.step:06d}", tokenizer)
+            for old in sorted(folder.glob("step-*"))[:-2]:
+                shutil.rmtree(old)
+
+    history = trainer.run(keep_checkpoint)
+    keep_checkpoint(trainer)
+    if history.interrupted:
+        print(f"stopped after step {trainer.step:,}, and saved: python -m slm_lib train --resume {folder}")
+        return
+    loss = training.evaluate(model, val_ids)
+    saved = checkpoints.save_model(folder / "model", model, tokenizer, provenance(trainer, corpus, loss))
+    print(f"trained for {history.seconds:.0f} s; loss on the whole validation text of {corpus.name}: {loss_units(loss)}"
+          + (f"; floor {corpus.floor:.4f}" if corpus.floor else ""))
+    print(f"saved: {saved}   (python -m slm_lib generate --model {saved})\n")
+    print(generation.generate(model, tokenizer, "\n", 400))
+
+
+def _start(args: argparse.Namespace, tokenizer: data.CharTokenizer, ids: torch.Tensor, device) -> training.Trainer:
+    preset = training.PRESETS[args.preset]
+    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    names = [field.name for field in dataclasses.fields(training.TrainingConfig)]
+    changed = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = dataclasses.replace(preset.training, **changed)
+    torch.manual_seed(config.seed)
+    design = getattr(GPTConfig, args.design)
+    model = GPT(design(vocab_size=tokenizer.vocab_size, **{**preset.sizes, **sizes})).to(device)
+    return training.Trainer(model, ids, config)
+
+
+def _resume(folder: Path, ids: torch.Tensor, device) -> training.Trainer:
+    """The trainer of the newest checkpoint in `folder` that is whole; a damaged one is named and passed over."""
+    for checkpoint in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return training.Trainer.resume(checkpoint, ids, device)
+        except (ValueError, FileNotFoundError) as error:
+            print(f"passed over: {error}", file=sys.stderr)
+    raise FileNotFoundError(f"{folder} holds no whole checkpoint: give the folder that `train` printed, or start anew")
+
+
+def _new_folder(wanted: Path) -> Path:
+    names = [wanted, *(wanted.with_name(f"{wanted.name}-{i}") for i in range(2, 10_000))]
+    return next(name for name in names if not name.exists())
+
+
+def provenance(trainer: training.Trainer, corpus: data.Corpus, loss: float) -> dict:
+    """Where a model comes from: the command, code, data, machine and result, as DESIGN asks of every stored model."""
+    losses = trainer.history.losses
+    return {
+        "command": "python -m slm_lib " + " ".join(sys.argv[1:]),
+        "commit": _commit(),
+        "corpus": {"name": corpus.name, "sha256": corpus.sha256, "floor": corpus.floor},
+        "training": dataclasses.asdict(trainer.config),
+        "parameters": trainer.model.n_parameters,
+        "tokens_seen": trainer.step * trainer.config.batch_size * trainer.block_size,
+        "seconds": round(trainer.history.seconds, 1),
+        "validation_loss": loss,
+        "validation": "every character once, disjoint windows of block_size, nats per character",
+        "training_loss_every_10_steps": [round(sum(part) / len(part), 4) for i in range(0, len(losses), 10)
+                                         if (part := losses[i : i + 10])],
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(),
+                    "device": str(trainer.device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+                    "python": platform.python_version()},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _commit() -> str | None:
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Print the loss of a stored model on the whole validation text of a corpus."""
+    model, tokenizer, _ = checkpoints.load_model(args.model, training.choose_device(args.device))
+    corpus = data.load_corpus(args.corpus)
+    _, validation = data.split(corpus)
+    loss = training.evaluate(model, tokenizer.encode(validation), args.block_size)
+    print(f"{args.model} on the {len(validation):,} validation characters of {corpus.name}: {loss_units(loss)}")
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Let a stored model go on with a prompt, printing as it writes."""
+    model, tokenizer, _ = checkpoints.load_model(args.model, training.choose_device(args.device))
+    pieces = generation.stream(model, tokenizer, args.prompt, args.length, args.temperature, args.top_k, args.seed)
+    first = next(pieces, "")
+    print(args.prompt + first, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def download(args: argparse.Namespace) -> None:
+    """Bring tiny Shakespeare onto this machine, once."""
+    found = data.find_shakespeare()
+    try:
+        print(f"Shakespeare is here: {found}" if found else f"Shakespeare is here now: {data.download_shakespeare()}")
+    except (ConnectionError, ValueError) as error:
+        if not args.if_online:
+            raise
+        print(f"going on with playhouse: {error}")
+
+
+def run_notebooks(args: argparse.Namespace) -> None:
+    from slm_lib import notebooks  # imported late: Jupyter's machinery is not needed by the other commands
+
+    sys.exit(notebooks.run())
+
+
+def record_notebooks(args: argparse.Namespace) -> None:
+    from slm_lib import notebooks
+
+    sys.exit(notebooks.record())
+
+
+def build_parser() -> argparse.ArgumentParser:
+    about = "Train a small language model, and let it write."
+    parser = argparse.ArgumentParser(prog="python -m slm_lib", description=about)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_train(commands)
+    newest = Path("models/shakespeare-cpu")
+    command = commands.add_parser("evaluate", help="the loss of a model on the whole validation text")
+    command.set_defaults(call=evaluate)
+    command.add_argument("--model", type=Path, default=newest, help=f"a model's folder (default {newest})")
+    command.add_argument("--corpus", help="shakespeare, playhouse or a text file")
+    command.add_argument("--block-size", type=int, help="length of the windows; the model's own by default")
+    command.add_argument("--device", default="cpu", help="cpu (default), cuda, mps or auto")
+    command = commands.add_parser("generate", help="let a model continue a prompt")
+    command.set_defaults(call=generate)
+    command.add_argument("--model", type=Path, default=newest, help=f"a model's folder (default {newest})")
+    command.add_argument("--prompt", default="\n", help="what the model continues")
+    command.add_argument("--length", type=int, default=400, help="how many characters to write (default 400)")
+    command.add_argument("--temperature", type=float, default=0.8, help="0 the likeliest, 1 as trained (default 0.8)")
+    command.add_argument("--top-k", type=int, help="draw only from the k likeliest characters")
+    command.add_argument("--seed", type=int, help="the same seed writes the same text; none: always another")
+    command.add_argument("--device", default="cpu", help="cpu (default), cuda, mps or auto")
+    command = commands.add_parser("download", help="fetch tiny Shakespeare into your cache, once")
+    command.set_defaults(call=download)
+    command.add_argument("--if-online", action="store_true", help="without a network say so and succeed")
+    run = commands.add_parser("run-notebooks", help="execute every notebook into runs/notebooks")
+    run.set_defaults(call=run_notebooks)
+    record = commands.add_parser("record-notebooks", help="execute every notebook and store its outputs (for authors)")
+    record.set_defaults(call=record_notebooks)
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    try:
+        args.call(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"slm_lib: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Each position looks back at the ones before it and takes what it needs: causal self-attention with several heads."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slm_lib.embeddings import rotary_table, rotate
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention over the past, x (B, T, C) to (B, T, C); Vaswani et al. (2017), section 3.2.
+
+    `rotary` turns queries and keys by their place (Su et al., 2021), `qk_norm` brings them to unit mean square before
+    they meet (Henry et al., 2020). Raises ValueError where the channels do not divide into the heads.
+    """
+
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        bias: bool = True,
+        dropout: float = 0.0,
+        rotary: bool = False,
+        qk_norm: bool = False,
+    ):
+        super().__init__()
+        if n_embd % n_head:
+            raise ValueError(f"n_embd {n_embd} is not divisible by n_head {n_head}: every head needs the same width")
+        self.n_head, self.head_size = n_head, n_embd // n_head
+        self.rotary, self.qk_norm, self.dropout = rotary, qk_norm, dropout
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)
+        self.output = nn.Linear(n_embd, n_embd, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        # (B, T, C) @ (C, 3C) = (B, T, 3C), cut into three tensors (B, H, T, D)
+        query, key, value = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)
+        if self.qk_norm:
+            query, key = F.rms_norm(query, (self.head_size,)), F.rms_norm(key, (self.head_size,))
+        if self.rotary:
+            cosine, sine = rotary_table(T, self.head_size, x.dtype, x.device)
+            query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+        dropout = self.dropout if self.training else 0.0
+        # softmax(query @ key.T / sqrt(D)) @ value, the future masked: (B, H, T, T) @ (B, H, T, D) = (B, H, T, D)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
+        return self.output(mixed.transpose(1, 2).reshape(B, T, C))

@@ -1,0 +1,176 @@
+"""Attention and an MLP make a block, blocks make a stack, and the stack between two embeddings is a GPT."""
+
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slm_lib.attention import CausalSelfAttention
+from slm_lib.embeddings import POSITIONS, Embedding
+
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+LARGEST_MODEL = 20_000_000_000  # parameters; beyond it a size is a slip of the pen
+
+
+def relu2(x: Tensor) -> Tensor:
+    """The square of ReLU, elementwise; So et al. (2021)."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu2": relu2, "swiglu": F.silu}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT and its few choices; `GPTConfig.gpt2` and `GPTConfig.modern` are the two named designs.
+
+    `norm` layer|rms, `position` learned|sinusoidal|rotary|none, `activation` gelu|gelu_tanh|relu2|swiglu; `qk_norm`
+    normalises queries and keys, `zero_init` starts every output projection at zero, `tie_weights` lets the token
+    embedding serve as the head. Raises ValueError for a value that cannot be built.
+    """
+
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+    bias: bool = True
+    norm: str = "layer"
+    position: str = "learned"
+    activation: str = "gelu_tanh"
+    qk_norm: bool = False
+    zero_init: bool = False
+    tie_weights: bool = True
+
+    @classmethod
+    def gpt2(cls, **sizes) -> "GPTConfig":
+        """The design of GPT-2 (Radford et al., 2019): the same logits as the original with the same weights."""
+        return cls(**sizes)
+
+    @classmethod
+    def modern(cls, **sizes) -> "GPTConfig":
+        """A design of the 2020s: RMSNorm, rotary positions, QK-norm, squared ReLU, outputs starting at zero, no bias."""
+        choices = {"norm": "rms", "position": "rotary", "activation": "relu2", "qk_norm": True}
+        return cls(**{**choices, "zero_init": True, "bias": False, "tie_weights": False, **sizes})
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{field.name} {value!r} must be a whole number of at least 1")
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name} {value!r} must be True or False")
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout!r} must be a share from 0 up to, but not including, 1")
+        for name, choices in {"norm": NORMS, "position": POSITIONS, "activation": ACTIVATIONS}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not known: choose one of {', '.join(choices)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
+                f"take n_embd {self.n_embd - self.n_embd % self.n_head + self.n_head} or another n_head"
+            )
+        if self.position == "rotary" and self.n_embd // self.n_head % 2:
+            raise ValueError(f"rotary needs an even head size, but n_embd / n_head is {self.n_embd // self.n_head}")
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
+        rough = 12 * self.n_layer * self.n_embd**2 + (self.vocab_size + self.block_size) * self.n_embd
+        if rough > LARGEST_MODEL:
+            raise ValueError(f"about {rough:.0e} parameters fit on no machine here: lower n_layer, n_embd or block_size")
+
+
+class MLP(nn.Module):
+    """Two matrices with an activation between them, at each position by itself: x (B, T, C) to (B, T, C).
+
+    The hidden width is 4 C; "swiglu" (Shazeer, 2020) has a third matrix, a gate, and 8/3 C, so as to cost the same.
+    """
+
+    def __init__(self, n_embd: int, activation: str, bias: bool = True, dropout: float = 0.0):
+        super().__init__()
+        self.gated = activation == "swiglu"
+        hidden = 8 * n_embd // 3 if self.gated else 4 * n_embd
+        self.up = nn.Linear(n_embd, 2 * hidden if self.gated else hidden, bias=bias)
+        self.down = nn.Linear(hidden, n_embd, bias=bias)
+        self.activation, self.dropout = ACTIVATIONS[activation], nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)  # (B, T, C) @ (C, 4C) = (B, T, 4C)
+        if self.gated:
+            hidden, gate = hidden.chunk(2, dim=-1)
+            hidden = hidden * self.activation(gate)
+        else:
+            hidden = self.activation(hidden)
+        return self.dropout(self.down(hidden))  # (B, T, 4C) @ (4C, C) = (B, T, C)
+
+
+class Block(nn.Module):
+    """One layer of a GPT: x plus what attention adds, plus what the MLP adds; (B, T, C) to (B, T, C)."""
+
+    def __init__(self, norm1: nn.Module, attention: nn.Module, norm2: nn.Module, mlp: nn.Module, dropout: float = 0.0):
+        super().__init__()
+        self.norm1, self.attention, self.norm2, self.mlp = norm1, attention, norm2, mlp
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only Transformer: ids (B, T) to logits (B, T, V) for the token that follows each position.
+
+    Raises ValueError for a context longer than block_size.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = c = config
+        self.embedding = Embedding(c.vocab_size, c.block_size, c.n_embd, c.position, c.dropout)
+        self.blocks = nn.ModuleList(self._block() for _ in range(c.n_layer))
+        self.norm = self._norm()
+        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.tie_weights:
+            self.head.weight = self.embedding.token.weight
+        self._initialise()
+
+    def _norm(self) -> nn.Module:
+        c = self.config
+        return nn.LayerNorm(c.n_embd, bias=c.bias) if c.norm == "layer" else nn.RMSNorm(c.n_embd, eps=1e-5)
+
+    def _block(self) -> Block:
+        c = self.config
+        attention = CausalSelfAttention(c.n_embd, c.n_head, c.bias, c.dropout, c.position == "rotary", c.qk_norm)
+        return Block(self._norm(), attention, self._norm(), MLP(c.n_embd, c.activation, c.bias, c.dropout), c.dropout)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """GPT-2's scheme: normal weights, deviation 0.02, smaller by depth where they write to the residual stream."""
+        c = self.config
+        writers = [w for block in self.blocks for w in (block.attention.output.weight, block.mlp.down.weight)]
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for weight in writers:
+            weight.mul_(0 if c.zero_init else (2 * c.n_layer) ** -0.5)
+        if c.zero_init and not c.tie_weights:
+            self.head.weight.zero_()
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers training may change; tied weights count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.shape[1] > self.config.block_size:
+            raise ValueError(
+                f"a context of {ids.shape[1]} tokens is longer than block_size {self.config.block_size}: cut it shorter"
+            )
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))  # (B, T, C) @ (C, V) = (B, T, V)

@@ -1,0 +1,143 @@
+"""Saving and loading: a folder of safetensors and JSON with a SHA-256 manifest, published by one rename."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from slm_lib.blocks import GPT, GPTConfig
+from slm_lib.data import CharTokenizer
+
+MANIFEST = "manifest.json"
+
+
+def publish(folder: str | os.PathLike, files: dict[str, bytes]) -> Path:
+    """Write `files` (name to content) and a manifest of their hashes as a new folder: whole, or not there at all.
+
+    Everything is written and flushed under a temporary name beside it, then renamed once. Raises FileExistsError
+    where the folder exists, OSError where the disk refuses; nothing that was there before is touched.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already and is never overwritten: choose another name")
+    manifest = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.mkdir(parents=True)
+        for name, content in {**files, MANIFEST: _json(manifest)}.items():
+            with open(unfinished / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        unfinished.rename(folder)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(
+            f"{folder} could not be saved ({error.strerror or error}): free some disk space or choose another place; "
+            "what was saved before is still there"
+        ) from error
+    return folder
+
+
+def verify(folder: str | os.PathLike) -> dict[str, bytes]:
+    """Read every file that the manifest of `folder` names and return name to content.
+
+    Raises FileNotFoundError for a folder without a manifest, ValueError naming the first missing or damaged file.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder} holds no {MANIFEST}: it is not a whole folder that slm_lib saved")
+    try:
+        manifest = dict(json.loads((folder / MANIFEST).read_bytes()))
+    except ValueError:
+        raise ValueError(f"{folder / MANIFEST} is damaged: take an earlier checkpoint") from None
+    files = {}
+    for name, expected in manifest.items():
+        path = folder / Path(name).name
+        files[name] = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(files[name]).hexdigest() != expected:
+            raise ValueError(f"{path} is missing or damaged (its SHA-256 is not the manifest's): take an earlier one")
+    return files
+
+
+def save_model(
+    folder: str | os.PathLike,
+    model: GPT,
+    tokenizer: CharTokenizer,
+    provenance: dict,
+    dtype: torch.dtype | None = None,
+    extra: dict[str, bytes] | None = None,
+) -> Path:
+    """Publish a model with its tokenizer and provenance as a new folder; `dtype` float16 halves the file."""
+    weights = {name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in _unique(model).items()}
+    files = {
+        "config.json": _json(asdict(model.config)),
+        "model.safetensors": safetensors.torch.save(weights),
+        "tokenizer.json": tokenizer.to_json().encode(),
+        "provenance.json": _json(provenance),
+    }
+    return publish(folder, {**files, **(extra or {})})
+
+
+def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[GPT, CharTokenizer, dict]:
+    """Return the model (float32, evaluation mode), its tokenizer and its provenance from a folder of `save_model`.
+
+    Raises FileNotFoundError or ValueError with a sentence for a folder that is damaged, incomplete or something else.
+    """
+    files = verify(folder)
+    try:
+        model = GPT(GPTConfig(**json.loads(files["config.json"])))
+        weights = safetensors.torch.load(files["model.safetensors"])
+        model.load_state_dict({**weights, **_tied(model, weights)})
+        tokenizer = CharTokenizer.from_json(files["tokenizer.json"].decode())
+        provenance = json.loads(files["provenance.json"])
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{folder} is not a model of this version of slm_lib ({reason}): save it again") from None
+    return model.to(device).eval(), tokenizer, provenance
+
+
+def _unique(model: GPT) -> dict[str, Tensor]:
+    """The model's tensors by name, a tied head left out: it is the embedding under a second name."""
+    tensors = model.state_dict()
+    if model.config.tie_weights:
+        del tensors["head.weight"]
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _tied(model: GPT, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"head.weight": weights["embedding.token.weight"]} if model.config.tie_weights else {}
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer, generators: dict[str, Tensor]) -> dict[str, bytes]:
+    """The optimizer's tensors and the states of random generators as the two files of a checkpoint."""
+    state = optimizer.state_dict()
+    tensors = {f"{i}.{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
+    tensors |= {f"generator.{name}": value for name, value in generators.items()}
+    return {
+        "optimizer.safetensors": safetensors.torch.save({name: t.detach().cpu() for name, t in tensors.items()}),
+        "optimizer.json": _json(state["param_groups"]),
+    }
+
+
+def unpack_optimizer(files: dict[str, bytes], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Put back what `pack_optimizer` stored, and return the states of the random generators."""
+    tensors = safetensors.torch.load(files["optimizer.safetensors"])
+    generators = {name.split(".", 1)[1]: tensors.pop(name) for name in list(tensors) if name.startswith("generator.")}
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": json.loads(files["optimizer.json"])})
+    return generators
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
