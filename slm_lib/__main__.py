@@ -26,7 +26,7 @@ def add_train(commands) -> None:
     parser.set_defaults(call=train)
     parser.add_argument("--preset", default="shakespeare-cpu", choices=training.PRESETS, help="the recipe to start from")
     parser.add_argument("--corpus", help="shakespeare, playhouse or a text file; by default what is here")
-    parser.add_argument("--out", type=Path, help="folder for checkpoints and model; by default a new one in runs/")
+    parser.add_argument("--out", type=Path, help="where checkpoints and model go; by default a new folder in runs/")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on from the newest checkpoint in FOLDER")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default): the best one found")
     parser.add_argument("--design", default="modern", choices=["modern", "gpt2"], help="the model's design")
@@ -67,8 +67,10 @@ def train(args: argparse.Namespace) -> None:
     if history.interrupted:
         print(f"stopped after step {trainer.step:,}, and saved: python -m slm_lib train --resume {folder}")
         return
+    model.half().float()  # the model is kept in half precision, so its loss is measured after that rounding
     loss = training.evaluate(model, val_ids)
-    saved = checkpoints.save_model(folder / "model", model, tokenizer, provenance(trainer, corpus, loss))
+    about = provenance(trainer, corpus, loss)
+    saved = checkpoints.save_model(folder / "model", model, tokenizer, about, torch.float16)
     print(f"trained for {history.seconds:.0f} s; loss on the whole validation text of {corpus.name}: {loss_units(loss)}"
           + (f"; floor {corpus.floor:.4f}" if corpus.floor else ""))
     print(f"saved: {saved}   (python -m slm_lib generate --model {saved})\n")

@@ -52,7 +52,7 @@ class GPTConfig:
 
     @classmethod
     def modern(cls, **sizes) -> "GPTConfig":
-        """A design of the 2020s: RMSNorm, rotary positions, QK-norm, squared ReLU, outputs starting at zero, no bias."""
+        """A design of the 2020s: RMSNorm, rotary positions, QK-norm, squared ReLU, zero-initialised outputs, no bias."""
         choices = {"norm": "rms", "position": "rotary", "activation": "relu2", "qk_norm": True}
         return cls(**{**choices, "zero_init": True, "bias": False, "tie_weights": False, **sizes})
 

@@ -25,7 +25,7 @@ TOKENS_AT_ONCE = 16_384  # how many positions evaluation looks at in one forward
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train. Counts are in steps (iterations); `learning_rate` is the highest, at the end of the warm-up.
+    """How to train. Counts are in steps; `learning_rate` is the highest one, at the end of the warm-up.
 
     Raises ValueError for a value with which no training makes sense.
     """
@@ -247,7 +247,7 @@ def train(
     callback: Callable[[Trainer], object] | None = None,
     progress: bool = True,
 ) -> History:
-    """Train `model` in place on the text `ids` (N,) and return what happened; `Trainer` can also stop and resume."""
+    """Train `model` in place on the text `ids` (N,) and return what happened; see also `Trainer`."""
     return Trainer(model, ids, config).run(callback, progress)
 
 
