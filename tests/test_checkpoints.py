@@ -1,0 +1,91 @@
+"""A saved folder is whole or not there, and what is not whole is refused by name."""
+
+import errno
+import os
+import resource
+import signal
+
+import pytest
+import torch
+
+from slm_lib import checkpoints
+from slm_lib.blocks import GPT, GPTConfig
+from slm_lib.data import CharTokenizer
+
+TOKENIZER = CharTokenizer("\nabc")
+SIZES = {"vocab_size": 4, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 8}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    return checkpoints.save_model(tmp_path / "model", GPT(GPTConfig.gpt2(**SIZES)), TOKENIZER, {"why": "test"})
+
+
+@pytest.mark.parametrize("design", [GPTConfig.gpt2, GPTConfig.modern])
+@pytest.mark.parametrize("dtype, tolerance", [(None, 0), (torch.float16, 1e-3)])
+def test_a_model_comes_back_as_it_was(tmp_path, design, dtype, tolerance):
+    torch.manual_seed(1)
+    model = GPT(design(**SIZES)).eval()
+    torch.nn.init.normal_(model.head.weight)
+    folder = checkpoints.save_model(tmp_path / "m", model, TOKENIZER, {"why": "test"}, dtype)
+    again, tokenizer, provenance = checkpoints.load_model(folder)
+    ids = torch.tensor([[1, 2, 3, 0]])
+    torch.testing.assert_close(again(ids), model(ids), atol=tolerance, rtol=tolerance)
+    assert again.config == model.config and tokenizer.symbols == TOKENIZER.symbols and provenance == {"why": "test"}
+    assert (again.head.weight is again.embedding.token.weight) == model.config.tie_weights
+
+
+def test_one_flipped_bit_in_any_file_is_found(saved):
+    for path in sorted(saved.iterdir()):
+        content = path.read_bytes()
+        for place in {0, len(content) // 2, len(content) - 1}:
+            damaged = bytearray(content)
+            damaged[place] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises((ValueError, FileNotFoundError)):
+                checkpoints.load_model(saved)
+        path.write_bytes(content)
+    checkpoints.load_model(saved)
+
+
+def test_a_missing_file_and_a_foreign_folder_are_refused_by_name(saved, tmp_path):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors is missing or damaged"):
+        checkpoints.load_model(saved)
+    with pytest.raises(FileNotFoundError, match="nowhere holds no manifest.json"):
+        checkpoints.load_model(tmp_path / "nowhere")
+    foreign = checkpoints.publish(tmp_path / "foreign", {"config.json": b"{}"})
+    with pytest.raises(ValueError, match="foreign is not a model"):
+        checkpoints.load_model(foreign)
+
+
+def test_a_model_whose_weights_do_not_fit_its_config_is_refused(saved, tmp_path):
+    files = checkpoints.verify(saved)
+    files["config.json"] = files["config.json"].replace(b'"n_layer": 1', b'"n_layer": 2')
+    with pytest.raises(ValueError, match="is not a model of this version"):
+        checkpoints.load_model(checkpoints.publish(tmp_path / "swapped", files))
+
+
+def test_nothing_is_overwritten(saved):
+    before = checkpoints.verify(saved)
+    with pytest.raises(FileExistsError, match="choose another name"):
+        checkpoints.publish(saved, {"a": b""})
+    assert checkpoints.verify(saved) == before
+
+
+def test_a_full_disk_leaves_what_was_there_and_no_half_folder(saved, tmp_path):
+    """The limit on the size of a file stands for the full disk: the write itself fails half-way, in the real code."""
+    pid = os.fork()
+    if pid == 0:  # in a child, since the limit cannot be lifted again for a process that is not root
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            checkpoints.publish(tmp_path / "big", {"small": b"x" * 10, "large": b"x" * 10_000})
+        except OSError as error:
+            told = "could not be saved" in str(error) and error.__cause__.errno == errno.EFBIG
+            os._exit(0 if told else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    checkpoints.load_model(saved)
