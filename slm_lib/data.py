@@ -44,7 +44,7 @@ class Corpus:
     split_at: int
 
     def __repr__(self) -> str:
-        return f"Corpus({self.name!r}, {len(self.text):,} characters, {len(self.symbols)} symbols, from {self.source})"
+        return f"Corpus({self.name!r}, {len(self.text):,} characters, from {self.source})"
 
 
 def load_corpus(name: str | os.PathLike | None = None) -> Corpus:
@@ -54,9 +54,7 @@ def load_corpus(name: str | os.PathLike | None = None) -> Corpus:
     Shakespeare asked for by name is downloaded where it is missing. Raises FileNotFoundError, ConnectionError or
     ValueError with a sentence that says what is wrong with the text.
     """
-    why = ""
-    if name is None:
-        name, why = _choose()
+    name, why = (name, "") if name is not None else _choose()
     if name == "playhouse":
         corpus = _playhouse()
     elif name == "shakespeare":
@@ -68,7 +66,7 @@ def load_corpus(name: str | os.PathLike | None = None) -> Corpus:
 
 
 def _choose() -> tuple[str, str]:
-    """The corpus for a reader who named none, and the reason, as a phrase to print."""
+    """The corpus for a reader who named none, and the reason in words."""
     if os.environ.get("SLM_CORPUS"):
         return os.environ["SLM_CORPUS"], " (named by SLM_CORPUS)"
     if find_shakespeare():
@@ -92,14 +90,15 @@ def _shakespeare(path: Path) -> Corpus:
     text = _read(path)
     if _sha256(text) != SHAKESPEARE_SHA256:
         raise ValueError(f"{path} is not tiny Shakespeare (its SHA-256 differs): delete it, then download it anew")
-    return Corpus("shakespeare", text, path.name, SHAKESPEARE_SHA256, None, _symbols(text), int(0.9 * len(text)))
+    return Corpus("shakespeare", text, path.name, SHAKESPEARE_SHA256, None, playhouse.SYMBOLS, int(0.9 * len(text)))
 
 
 def _own_file(path: Path) -> Corpus:
     text = _read(path)
     if len(text) < SHORTEST_CORPUS:
         raise ValueError(f"{path} has {len(text)} characters, too few to learn from: give at least {SHORTEST_CORPUS:,}")
-    return Corpus(path.stem, text, path.name, _sha256(text), None, _symbols(text), int(0.9 * len(text)))
+    symbols = "".join(sorted(set(text)))
+    return Corpus(path.stem, text, path.name, _sha256(text), None, symbols, int(0.9 * len(text)))
 
 
 def _read(path: Path) -> str:
@@ -120,10 +119,6 @@ def _read(path: Path) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _symbols(text: str) -> str:
-    return "".join(sorted(set(text)))
 
 
 def _cache() -> Path:
@@ -166,10 +161,9 @@ def download_shakespeare() -> Path:
 
 def _reachable(url: str, seconds: float = 4.0) -> bool:
     """Whether the host of `url` takes a connection; asked in a thread, since a name look-up knows no time-out."""
-    address = urllib.parse.urlparse(url)
+    address, answered = urllib.parse.urlparse(url), threading.Event()
     if urllib.request.getproxies().get(address.scheme):
         return True  # behind a proxy only the real request can tell
-    answered = threading.Event()
 
     def knock() -> None:
         with contextlib.suppress(OSError):
@@ -177,10 +171,8 @@ def _reachable(url: str, seconds: float = 4.0) -> bool:
             socket.create_connection((address.hostname, port), timeout=seconds).close()
             answered.set()
 
-    thread = threading.Thread(target=knock, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answered.is_set()
+    threading.Thread(target=knock, daemon=True).start()
+    return answered.wait(seconds)
 
 
 def split(corpus: Corpus) -> tuple[str, str]:
@@ -240,7 +232,7 @@ class CharTokenizer:
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
         """The tokenizer whose vocabulary is every character that occurs in `text`, sorted."""
-        return cls(_symbols(text))
+        return cls("".join(sorted(set(text))))
 
     @property
     def vocab_size(self) -> int:
@@ -252,8 +244,7 @@ class CharTokenizer:
         try:
             return torch.tensor([self._id_of[character] for character in text], dtype=torch.long)
         except KeyError:
-            unknown = sorted(set(text) - set(self.symbols))
-            lacking = ", ".join(map(repr, unknown[:5]))
+            lacking = ", ".join(map(repr, sorted(set(text) - set(self.symbols))[:5]))
             raise ValueError(
                 f"the vocabulary of {self.vocab_size} symbols lacks {lacking}: remove them, or use data.clean"
             ) from None
@@ -298,7 +289,7 @@ def draw_batch(
     `ids` (N,) may lie on any device, and the batch comes back on it; `generator` is a CPU one, so that a seed gives
     the same batches everywhere. Raises ValueError where no window of block_size + 1 fits into the text.
     """
-    if batch_size < 1 or block_size < 1:
+    if min(batch_size, block_size) < 1:
         raise ValueError(f"batch_size {batch_size} and block_size {block_size} must both be at least 1")
     if len(ids) <= block_size:
         raise ValueError(f"block_size {block_size} does not fit into a text of {len(ids)} tokens: take a smaller one")

@@ -6,7 +6,8 @@ compares that line, for it does not compare pictures.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -227,3 +228,19 @@ def _images(ax: Axes, digits: int) -> list[str]:
     sizes = [" × ".join(map(str, grid.shape)) for grid in grids]
     ranges = [_range(np.ma.compressed(grid), digits) for grid in grids]
     return [f"grid of {size}, {extremes}" for size, extremes in zip(sizes, ranges, strict=True)]
+
+
+def road(ax: Axes, stops: Mapping[str, str], opened: Collection[str], width: int = 6) -> Axes:
+    """A road of named stops with a phrase each, in rows of `width` that turn like a plough; unopened stops are pale."""
+    places = [(i % width if i // width % 2 == 0 else width - 1 - i % width, -(i // width)) for i in range(len(stops))]
+    ax.plot(*zip(*places, strict=True), color="#D9D9D9", linewidth=7, zorder=0)
+    for i, ((name, phrase), (x, y)) in enumerate(zip(stops.items(), places, strict=True)):
+        here = name in opened
+        ax.scatter(x, y, s=420, color=BLUE if here else "#FFFFFF", edgecolor=BLUE if here else GREY, zorder=1)
+        ax.text(x, y, f"{i:02d}", ha="center", va="center", fontsize=9, color="#FFFFFF" if here else GREY)
+        ax.text(x, y - 0.27, name, ha="center", va="top", fontsize=10, weight="bold", color=BLACK if here else GREY)
+        ax.text(x, y - 0.42, textwrap.fill(phrase, 17), ha="center", va="top", fontsize=8, color=GREY)
+    ax.set_xlim(-0.6, width - 0.4)
+    ax.set_ylim(places[-1][1] - 0.85, 0.35)
+    ax.set_axis_off()
+    return ax
