@@ -24,8 +24,8 @@ TYPES = {"int": int, "float": float}
 def add_train(commands) -> None:
     parser = commands.add_parser("train", help="train a model from nothing, or go on with one (--resume)")
     parser.set_defaults(call=train)
-    parser.add_argument("--preset", default="shakespeare-cpu", choices=training.PRESETS, help="the recipe to start from")
-    parser.add_argument("--corpus", help="shakespeare, playhouse or a text file; by default what is here")
+    parser.add_argument("--preset", default="shakespeare-cpu", choices=training.PRESETS, help="the recipe")
+    parser.add_argument("--corpus", help="shakespeare, playhouse or a text file; otherwise what is here")
     parser.add_argument("--out", type=Path, help="where checkpoints and model go; by default a new folder in runs/")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on from the newest checkpoint in FOLDER")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default): the best one found")

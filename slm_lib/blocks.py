@@ -52,7 +52,7 @@ class GPTConfig:
 
     @classmethod
     def modern(cls, **sizes) -> "GPTConfig":
-        """A design of the 2020s: RMSNorm, rotary positions, QK-norm, squared ReLU, zero-initialised outputs, no bias."""
+        """A design of the 2020s: RMSNorm, rotary positions, QK-norm, ReLU², zero-initialised outputs, no bias."""
         choices = {"norm": "rms", "position": "rotary", "activation": "relu2", "qk_norm": True}
         return cls(**{**choices, "zero_init": True, "bias": False, "tie_weights": False, **sizes})
 
@@ -79,7 +79,7 @@ class GPTConfig:
             raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
         rough = 12 * self.n_layer * self.n_embd**2 + (self.vocab_size + self.block_size) * self.n_embd
         if rough > LARGEST_MODEL:
-            raise ValueError(f"about {rough:.0e} parameters fit on no machine here: lower n_layer, n_embd or block_size")
+            raise ValueError(f"about {rough:.0e} parameters fit on no machine here: lower n_layer or n_embd")
 
 
 class MLP(nn.Module):

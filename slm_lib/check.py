@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from slm_lib.ngrams import loss_units
+
 ATOL, RTOL = 1e-10, 1e-12  # in float64 a right answer is off by about 1e-15, a wrong epsilon by far more than this
 LADDER = Path(__file__).parents[1] / "results" / "ladder.json"
 
@@ -237,17 +239,14 @@ def ladder(name: str, loss: float, corpus: Any, chars_per_token: float = 1.0, **
 
     `corpus` is a Corpus or its name. Where `$SLM_LADDER` names a JSON file, the row is kept there, with `facts`.
     """
-    from slm_lib.ngrams import loss_units
-
-    corpus_name, floor = getattr(corpus, "name", corpus), getattr(corpus, "floor", None)
+    loss, corpus_name, floor = float(loss), getattr(corpus, "name", corpus), getattr(corpus, "floor", None)
     above = "" if floor is None else f" · {loss / chars_per_token - floor:.2f} nats per character above the floor"
-    print(f"ladder: {name} on {corpus_name}: {loss_units(float(loss), chars_per_token)}{above}")
+    print(f"ladder: {name} on {corpus_name}: {loss_units(loss, chars_per_token)}{above}")
     if os.environ.get("SLM_LADDER"):
-        row = {"corpus": corpus_name, "name": name, "loss": round(float(loss), 4)}
-        row |= {"chars_per_token": round(chars_per_token, 4)} if chars_per_token != 1.0 else {}
-        path = Path(os.environ["SLM_LADDER"])
-        rows = [r for r in read_ladder(path) if (r["corpus"], r["name"]) != (corpus_name, name)]
-        path.write_text(json.dumps([*rows, row | facts], indent=1) + "\n", encoding="utf-8")
+        row = {"corpus": corpus_name, "name": name, "loss": round(loss, 4)}
+        row["chars_per_token"] = round(chars_per_token, 4)
+        kept = [r for r in read_ladder(os.environ["SLM_LADDER"]) if (r["corpus"], r["name"]) != (corpus_name, name)]
+        write_ladder([*kept, row | facts], os.environ["SLM_LADDER"])
 
 
 def read_ladder(path: str | os.PathLike = LADDER) -> list[dict[str, Any]]:
@@ -255,17 +254,23 @@ def read_ladder(path: str | os.PathLike = LADDER) -> list[dict[str, Any]]:
     return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else []
 
 
+def write_ladder(rows: list[dict[str, Any]], path: str | os.PathLike) -> None:
+    """Keep rows of the ladder as JSON."""
+    Path(path).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def climb(rows: list[dict[str, Any]], corpus: str) -> list[tuple[dict[str, Any], Any]]:
+    """The rows of one corpus with their loss in all its units, from the worst to the best."""
+    rungs = [(row, loss_units(row["loss"], row["chars_per_token"])) for row in rows if row["corpus"] == corpus]
+    return sorted(rungs, key=lambda rung: -rung[1].bits_per_character)
+
+
 def show_ladder(corpus: str | None = None, path: str | os.PathLike = LADDER) -> None:
     """Print the recorded results, best last, for one corpus or for each."""
-    from slm_lib.ngrams import loss_units
-
     rows = read_ladder(path)
-    names = [corpus] if corpus else sorted({row["corpus"] for row in rows}, reverse=True)
     if not rows:
         print("the ladder is still empty: `make record` fills it")
-    for name in names:
+    for name in [corpus] if corpus else sorted({row["corpus"] for row in rows}, reverse=True):
         print(f"{name:34}{'nats':>8}{'bits/char':>11}{'perplexity':>12}")
-        mine = [row for row in rows if row["corpus"] == name]
-        shown = [(row["name"], loss_units(row["loss"], row.get("chars_per_token", 1.0))) for row in mine]
-        for row_name, units in sorted(shown, key=lambda pair: -pair[1].bits_per_character):
-            print(f"  {row_name:32}{units.nats:8.2f}{units.bits_per_character:11.2f}{units.perplexity:12.2f}")
+        for row, units in climb(rows, name):
+            print(f"  {row['name']:32}{units.nats:8.2f}{units.bits_per_character:11.2f}{units.perplexity:12.2f}")

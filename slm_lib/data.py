@@ -30,9 +30,8 @@ SHORTEST_CORPUS = 1_000  # characters; below this there is nothing to hold out
 class Corpus:
     """A text to learn from, and what is known about it.
 
-    `floor` is the lowest loss that any model can expect on the validation text, in nats per character, or None where
-    nobody knows it. `symbols` are the characters of the vocabulary, sorted. `split_at` is the position in `text` where
-    training ends and validation begins.
+    `floor` is the lowest loss to expect on the validation text, in nats per character, or None where nobody knows it.
+    `symbols` are the characters of the vocabulary, sorted; `split_at` is where training ends and validation begins.
     """
 
     name: str
@@ -171,8 +170,10 @@ def _reachable(url: str, seconds: float = 4.0) -> bool:
             socket.create_connection((address.hostname, port), timeout=seconds).close()
             answered.set()
 
-    threading.Thread(target=knock, daemon=True).start()
-    return answered.wait(seconds)
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answered.is_set()
 
 
 def split(corpus: Corpus) -> tuple[str, str]:
