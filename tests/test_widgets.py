@@ -266,3 +266,16 @@ def test_stop_keeps_what_is_written(writer):
     assert panel.wait(5)
     assert panel.text == kept
     assert panel.status.value == "stopped"
+
+
+def test_a_new_request_ends_the_one_in_progress():
+    def write(prompt, temperature, seed):
+        yield f"{temperature:.1f}"
+        while temperature < 1:  # without end
+            time.sleep(0.001)
+            yield "."
+
+    panel = widgets.WritePanel(write, "a", temperature=0.5)
+    panel.set(temperature=1.5)
+    assert panel.wait(5)
+    assert panel.text == "a1.5"
