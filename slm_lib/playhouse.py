@@ -3,14 +3,11 @@
 Most texts keep their entropy to themselves. This one does not: every scene is drawn choice by choice from the rules in
 `playhouse.grammar`, so the probability of each character given all before it can be computed, and with it the loss that
 no model can beat. The head of that file teaches the language of the rules; this module reads them, draws scenes with
-their labels, and weighs text by summing over every derivation that agrees with it so far (prefix probabilities, Jelinek
-and Lafferty 1991, here for a grammar that remembers what was said).
+their labels, and says how surprising each character of a text is.
 """
 
 import functools
-import heapq
 import math
-import os.path
 import random
 from bisect import bisect
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slm_lib.grammar import SYMBOLS, Form, Item, Rules
+from slm_lib.grammar import SYMBOLS, Form, Item, Rules, bind, log_mass, remember
 
 __all__ = ["SYMBOLS", "EntropyRate", "Grammar", "Line", "Recall", "Scene", "log_prob", "scenes", "surprisal", "text"]
 
@@ -27,7 +24,7 @@ FACTS = ("who", "did", "whom", "where")  # the variables that say what a line is
 
 
 class Line(NamedTuple):
-    """What a speaker says at once, from `start` in its scene; `plain` says the same in plain speech."""
+    """What a speaker says at once, from `start` in its scene, and the same in plain speech."""
 
     speaker: str
     mood: str
@@ -66,18 +63,8 @@ class EntropyRate(NamedTuple):
         return self.nats_per_scene / self.characters_per_scene
 
 
-def _remember(memory: tuple, slot: int, value: str) -> tuple:
-    return memory[:slot] + (value,) + memory[slot + 1 :]
-
-
-def _bind(item: Item, memory: tuple) -> tuple:
-    """Return the memory with each slot that `item` sets holding the value of the slot that it needs."""
-    values = dict(zip(item.sets, (memory[slot] for slot in item.needs), strict=True))
-    return tuple(values.get(slot, value) for slot, value in enumerate(memory))
-
-
 class Grammar:
-    """A grammar that draws scenes and weighs text; its first rule is a whole scene, and no scene may begin with another.
+    """A grammar that draws scenes and weighs text; its first rule is a whole scene, and none may begin another.
 
     Raises ValueError, one sentence with the rule's name, where `text` breaks the language.
 
@@ -97,7 +84,11 @@ class Grammar:
 
     def draw(self, rng: random.Random) -> Scene:
         """Return a scene, made with one `rng.random()` for each choice."""
-        return _Draft(self.rules, rng).scene()
+        try:
+            return _Draft(self.rules, rng).scene()
+        except RecursionError:
+            start = self.rules.start.text
+            raise ValueError(f"rule '{start}' drew a scene without end: give its rules more ways to end") from None
 
     def entropy(self) -> EntropyRate:
         """Return the exact entropy of a scene and its mean length, from the rules alone.
@@ -105,23 +96,23 @@ class Grammar:
         Exact where no text has two derivations. Raises ValueError if scenes have no finite mean.
         """
         expectation = _Expectation(self.rules)
-        return EntropyRate(expectation.total[-1], expectation.total[-2])
+        return EntropyRate(float(expectation.total[-1]), float(expectation.total[-2]))
 
     def surprisal(self, text: str) -> np.ndarray:
-        """Return -log p(character | all before it), nats, float64 (len(text),), for scene after scene or a prefix of that.
+        """Return -log p(character | all before it) in nats, float64 (len(text),), for scenes or a beginning of scenes.
 
         Raises ValueError for text that the grammar cannot say.
         """
-        log_mass = _log_mass(self.rules, text)
-        if log_mass[-1] == -math.inf:
-            place = int(np.isfinite(log_mass).sum()) - 1
-            raise ValueError(f"the grammar cannot say {text[place]!r} after {text[max(0, place - 20) : place]!r} (character {place}): "
-                             "give it text that it drew, or a beginning of such text")  # fmt: skip
-        return log_mass[:-1] - log_mass[1:]
+        mass = log_mass(self.rules, text)
+        if mass[-1] == -math.inf:
+            place = int(np.isfinite(mass).sum()) - 1
+            said = f"the grammar cannot say {text[place]!r} after {text[max(0, place - 20) : place]!r}, at {place}"
+            raise ValueError(f"{said}: give it scenes that it drew, or a beginning of them")
+        return mass[:-1] - mass[1:]
 
     def log_prob(self, text: str) -> float:
-        """Return the log probability (nats) that endless scenes begin with `text`; -inf for text that they cannot hold."""
-        return float(_log_mass(self.rules, text)[-1])
+        """Return the log probability (nats) that endless scenes begin with `text`; -inf if they cannot."""
+        return float(log_mass(self.rules, text)[-1])
 
 
 class _Draft:
@@ -156,7 +147,7 @@ class _Draft:
             elif item.act == "again":
                 plain = self._again(memory[item.needs[0]], item.text)
             elif item.act == "bind":
-                memory = _bind(item, memory)
+                memory = bind(memory, item)
             else:
                 plain, memory = self._line(item.text, memory)
             for slot in item.sets or item.needs:
@@ -164,13 +155,11 @@ class _Draft:
                     self.facts[self.fact_slots[slot]] = memory[slot]
             plains.append(plain)
         if form.plain is not None:
-            plains = [
-                plains[one] if type(one) is int else one.text if one.act == "say" else memory[one.needs[0]] for one in form.plain
-            ]
+            plains = [plains[p] if type(p) is int else memory[p.needs[0]] if p.needs else p.text for p in form.plain]
         return "".join(plains), memory
 
     def _draw(self, item: Item, memory: tuple) -> tuple[str, tuple]:
-        rule = self.rules.named[f"{item.text}.{memory[item.needs[0]]}" if item.needs else item.text]
+        rule = self.rules.named[self.rules.target(item, memory)]
         choice = bisect(rule.cumulative, self.rng.random()) if len(rule.forms) > 1 else 0
         self.log_prob += math.log(rule.chances[choice])
         start, first = self.length, len(self.parts)
@@ -185,7 +174,7 @@ class _Draft:
             self.length, plain = start, ""
         else:
             self.said[value] = self.length
-        return plain, _remember(memory, slot, value)
+        return plain, remember(memory, slot, value)
 
     def _again(self, value: str, kind: str) -> str:
         self._say(value)
@@ -208,79 +197,14 @@ class _Draft:
         return plain, memory
 
 
-def _log_mass(rules: Rules, text: str) -> np.ndarray:
-    """Return, for each beginning of text, the log of the summed chances of the derivations that say it: (len + 1,)."""
-    mass = np.full(len(text) + 1, -np.inf)
-    mass[0] = 0.0
-    starts, stops, weights = (np.array(column) for column in zip((0, 0, 0.0), *_matches(rules, text), strict=True))
-    lengths = stops - starts
-    places = np.repeat(starts + 1 - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-    weights = np.repeat(weights, lengths)
-    np.maximum.at(mass, places, weights)
-    total = np.bincount(places, np.exp(weights - mass[places]), len(mass))
-    return mass + np.log(np.where(total > 0, total, 1.0))
-
-
-def _matches(rules: Rules, text: str):
-    """Yield (start, stop, log weight) for each stretch of text that some derivation says, or says until it goes astray.
-
-    A frame (items, next, memory, capture, below) is an alternative under way: what it still has to say and remembers, the
-    (slot, place) of a variable that waits for the string begun there, and the frame that goes on when this one ends.
-    """
-    agenda, places = {0: [(0.0, None)]}, [0]
-    while places and (place := heapq.heappop(places)) < len(text):
-        todo = _merge(agenda.pop(place))
-        while todo:
-            weight, frame = todo.pop()
-            items, at, memory, capture, below = frame or ((rules.start,), 0, rules.blank, None, None)
-            if at == len(items):
-                todo.append((weight, below))
-                continue
-            if capture:
-                memory = _remember(memory, capture[0], text[capture[1] : place])
-            item = items[at]
-            if item.act == "draw":
-                todo += _expand(rules, item, weight, (items, at + 1, memory, None, below), text, place)
-                continue
-            if item.act == "bind":
-                memory = _bind(item, memory)
-            said = "" if item.act == "bind" else item.text if item.act == "say" else memory[item.needs[0]]
-            stop = place + len(said)
-            if text.startswith(said, place):
-                if stop not in agenda and said:
-                    heapq.heappush(places, stop)
-                (agenda.setdefault(stop, []) if said else todo).append((weight, (items, at + 1, memory, None, below)))
-            else:
-                stop = place + len(os.path.commonprefix((said, text[place:stop])))
-            yield place, stop, weight
-
-
-def _expand(rules: Rules, item: Item, weight: float, after: tuple, text: str, place: int) -> list:
-    """Return the frames, with their log weights, to which a draw leads; alternatives that begin otherwise are left out."""
-    items, at, memory, _, below = after
-    name = f"{item.text}.{memory[item.needs[0]]}" if item.needs else item.text
-    if item.silent:
-        values = rules.values(name).items()
-        return [(weight + math.log(p), (items, at, _remember(memory, item.sets[0], v), None, below)) for v, p in values]
-    if at == len(items):
-        after = below  # nothing is left to say or to remember here, so the stack need not grow
-    elif item.sets:
-        after = (items, at, memory, (item.sets[0], place), below)
-    now = text[place]
-    return [
-        (weight + log_chance, (inner, 0, memory, None, after))
-        for first, log_chance, inner in rules.named[name].openings
-        if first == now or not first
-    ]
-
-
-def _merge(states: list) -> list:
-    if len(states) == 1:
-        return states
-    merged: dict = {}
-    for weight, frame in states:
-        merged[frame] = np.logaddexp(merged[frame], weight) if frame in merged else weight
-    return [(weight, frame) for frame, weight in merged.items()]
+def _deciding(rules: Rules) -> set[int]:
+    """Return the slots that decide draws (<rule.x>), and those whose value is lent to one that does."""
+    items = [item for rule in rules.named.values() for flat in rule.flat for item in flat]
+    deciding = {slot for item in items if item.act == "draw" for slot in item.needs}
+    lent = {pair for item in items if item.act == "bind" for pair in zip(item.sets, item.needs, strict=True)}
+    for _ in rules.slots:
+        deciding |= {source for target, source in lent if target in deciding}
+    return deciding
 
 
 class _Expectation:
@@ -291,16 +215,20 @@ class _Expectation:
     """
 
     def __init__(self, rules: Rules):
-        self.rules, self.deciding, self.last, self.total = rules, rules.deciding(), {}, None
+        self.rules, self.deciding, self.reads = rules, _deciding(rules), rules.reads()
+        self.last, self.total = {}, None
         for _ in range(10_000):  # a rule that leads back to itself begins at zero and is raised until nothing changes
             self.table, self.under_way, self.looped = {}, set(), False
             before, self.total = self.total, self.rule(rules.start.text, rules.blank)
+            if not np.isfinite(self.total).all() or self.total[-2] > 1e12:
+                break
             if not self.looped or before is not None and np.allclose(before, self.total, rtol=1e-14, atol=0):
                 return
             self.last = self.table
-        raise ValueError(f"rule '{rules.start.text}' has no finite mean length: let the rules that lead back to themselves end")
+        raise ValueError(f"rule '{rules.start.text}' has no finite mean length: give its rules more ways to end")
 
     def rule(self, name: str, memory: tuple) -> np.ndarray:
+        memory = tuple(value if slot in self.reads[name] else None for slot, value in enumerate(memory))
         key = (name, memory)
         if key in self.under_way:
             self.looped = True
@@ -321,7 +249,7 @@ class _Expectation:
         item, rest = items[0], items[1:]
         if item.act == "draw":
             return self.draw(item, rest, memory)
-        total = self.items(rest, _bind(item, memory) if item.act == "bind" else memory)
+        total = self.items(rest, bind(memory, item) if item.act == "bind" else memory)
         if item.act == "say":
             total[-2] += len(item.text)
         elif item.act == "again":
@@ -333,11 +261,11 @@ class _Expectation:
         return total
 
     def draw(self, item: Item, rest: tuple, memory: tuple) -> np.ndarray:
-        name = f"{item.text}.{memory[item.needs[0]]}" if item.needs else item.text
+        name = self.rules.target(item, memory)
         if item.sets and item.sets[0] in self.deciding:
             drawn = []
             for value, chance in self.rules.values(name).items():
-                after = self.items(rest, _remember(memory, item.sets[0], value))
+                after = self.items(rest, remember(memory, item.sets[0], value))
                 after[-2:] += (after[item.sets[0]] + (not item.silent)) * len(value), -math.log(chance)
                 drawn.append(chance * after)
             total = sum(drawn)
