@@ -179,7 +179,7 @@ def test_the_same_text_from_the_same_seed_on_every_machine():
     assert 5_000 <= len(said) < 5_000 + len(scenes[-1].text)
     assert said == playhouse.text(playhouse.scenes(5_000, seed=7))
     assert said != playhouse.text(playhouse.scenes(5_000, seed=8))
-    assert hashlib.sha256(said.encode()).hexdigest() == "HASH"
+    assert hashlib.sha256(said.encode()).hexdigest().startswith("94b4305e3cbd0d58")
 
 
 def recalled(scenes, values):
@@ -196,9 +196,9 @@ def test_recalls_repeat_what_was_said_10_to_200_characters_before(scenes):
     for scene in scenes:
         for recall in scene.recalls:
             spans[recall.kind].append(recall.distance)
+            said = scene.text[recall.start : recall.stop]
             if recall.kind != "agreement":
-                said = scene.text[recall.start : recall.stop]
-                assert scene.text.rindex(said, 0, recall.start) + len(said) == recall.start - recall.distance
+                assert scene.text.endswith(said, 0, recall.start - recall.distance)
     assert set(spans) == KINDS
     assert all(min(each) >= 10 and max(each) <= 200 for each in spans.values())
     everything = np.concatenate(list(spans.values()))
