@@ -1,4 +1,4 @@
-"""For the tests of a lesson's graders: the stub is not attempted, the solution is right, and wrong answers are caught."""
+"""For the tests of a lesson's graders: the stub is not attempted, the solution is right, wrong answers are caught."""
 
 import ast
 import json
