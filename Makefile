@@ -2,7 +2,6 @@
 
 PYTHON ?= python3
 SHELL := bash
-PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input
 REQUIREMENTS := $(if $(CPU),requirements-cpu.txt,requirements.txt)
 
 # As root JupyterLab wants to be told that this is meant; without a display it prints its address instead.
@@ -59,19 +58,25 @@ ready: .venv/installed
 	    { echo '$(PYTHON) is not Python 3.11 or newer: name one, as in `make lab PYTHON=python3.12`'; exit 1; }
 	@test -x .venv/bin/python || echo 'setting up .venv, once (a few minutes; torch is the large part)'
 	@test -x .venv/bin/python || $(PYTHON) -m venv --upgrade-deps .venv
-	@set -o pipefail; $(PIP) install --progress-bar raw -r $(REQUIREMENTS) | .venv/bin/python -c "$$PROGRESS"
+	@$(call install,-r $(REQUIREMENTS))
 	@touch $@
 
 .venv/installed-test: .venv/installed
-	@set -o pipefail; $(PIP) install --progress-bar raw -e '.[test]' | .venv/bin/python -c "$$PROGRESS"
+	@$(call install,-e '.[test]')
 	@touch $@
 
-# What pip has to say, in short: large downloads as they come, and how many packages it installs.
+# pip in short: large downloads as they come, and how many packages it installs; if it fails, the end of what it said.
+define install
+set -o pipefail; .venv/bin/python -m pip install --no-input --disable-pip-version-check --progress-bar raw $(1) 2>&1 \
+    | tee .venv/pip.log | .venv/bin/python -c "$$PROGRESS" \
+    || { grep -v ^Progress .venv/pip.log | tail -n 25 | cut -c1-200; exit 1; }
+endef
+
 define PROGRESS
 import re, sys
 name, live = "", sys.stdout.isatty()
 for line in sys.stdin:
-    if found := re.match(r"Collecting ([\w.-]+)", line):
+    if found := re.match(r"\s*Downloading ([\w.]+?)-\d\S*whl \(", line):
         name = found[1]
     elif found := re.match(r"Progress (\d+) of (\d+)", line):
         done, all = (int(n) / 1e6 for n in found.groups())
