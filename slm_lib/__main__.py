@@ -48,17 +48,18 @@ def train(args: argparse.Namespace) -> None:
     train_ids, val_ids = (tokenizer.encode(text) for text in data.split(corpus))
     if args.resume:
         folder = args.resume
-        trainer = _resume(folder, train_ids, device)
+        trainer, commands = _resume(folder, train_ids, device)
     else:
         folder = args.out or _new_folder(RUNS / args.preset)
-        trainer = _start(args, tokenizer, train_ids, device)
+        trainer, commands = _start(args, tokenizer, train_ids, device), []
+    commands.append(" ".join(["python -m slm_lib", *sys.argv[1:]]))
     model, config = trainer.model, trainer.config
     print(f"model: {model.n_parameters:,} parameters on {device}; {config.max_iters:,} steps of {config.batch_size} x "
           f"{trainer.block_size} characters; checkpoints in {folder}")
 
     def keep_checkpoint(trainer: training.Trainer) -> None:
         if trainer.step and not (folder / f"step-{trainer.step:06d}").exists():
-            trainer.save(folder / f"step-{trainer.step:06d}", tokenizer)
+            trainer.save(folder / f"step-{trainer.step:06d}", tokenizer, {"commands": commands})
             for old in sorted(folder.glob("step-*"))[:-2]:
                 shutil.rmtree(old)
 
@@ -69,7 +70,7 @@ def train(args: argparse.Namespace) -> None:
         return
     model.half().float()  # the model is kept in half precision, so its loss is measured after that rounding
     loss = training.evaluate(model, val_ids)
-    about = provenance(trainer, corpus, loss)
+    about = {"commands": commands, **provenance(trainer, corpus, loss)}
     saved = checkpoints.save_model(folder / "model", model, tokenizer, about, torch.float16)
     print(f"trained for {history.seconds:.0f} s; loss on the whole validation text of {corpus.name}: {loss_units(loss)}"
           + (f"; floor {corpus.floor:.4f}" if corpus.floor else ""))
@@ -89,11 +90,12 @@ def _start(args: argparse.Namespace, tokenizer: data.CharTokenizer, ids: torch.T
     return training.Trainer(model, ids, config)
 
 
-def _resume(folder: Path, ids: torch.Tensor, device) -> training.Trainer:
-    """The trainer of the newest checkpoint in `folder` that is whole; a damaged one is named and passed over."""
+def _resume(folder: Path, ids: torch.Tensor, device) -> tuple[training.Trainer, list[str]]:
+    """The trainer of the newest whole checkpoint in `folder`, and the commands that led to it."""
     for checkpoint in sorted(folder.glob("step-*"), reverse=True):
         try:
-            return training.Trainer.resume(checkpoint, ids, device)
+            trainer = training.Trainer.resume(checkpoint, ids, device)
+            return trainer, checkpoints.load_model(checkpoint)[2].get("commands", [])
         except (ValueError, FileNotFoundError) as error:
             print(f"passed over: {error}", file=sys.stderr)
     raise FileNotFoundError(f"{folder} holds no whole checkpoint: give the folder that `train` printed, or start anew")
@@ -105,10 +107,9 @@ def _new_folder(wanted: Path) -> Path:
 
 
 def provenance(trainer: training.Trainer, corpus: data.Corpus, loss: float) -> dict:
-    """Where a model comes from: the command, code, data, machine and result, as DESIGN asks of every stored model."""
+    """Where a model comes from: code, data, settings, machine and result."""
     losses = trainer.history.losses
     return {
-        "command": "python -m slm_lib " + " ".join(sys.argv[1:]),
         "commit": _commit(),
         "corpus": {"name": corpus.name, "sha256": corpus.sha256, "floor": corpus.floor},
         "training": dataclasses.asdict(trainer.config),
