@@ -1,7 +1,10 @@
 """The counting models: against a textbook Kneser-Ney in dictionaries, a naive tally, and what probability demands."""
 
+import json
 import math
+import re
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_lib import ngrams
+from slm_lib import check, ngrams
 from slm_lib.ngrams import KneserNey, count_ngrams, loss_units, sample, score, smooth
 
 
@@ -70,6 +73,17 @@ def test_kneser_ney_equals_the_textbook(text, order, context):
     expected = [textbook.probability(known, symbol) for symbol in range(vocab_size)]
     found = KneserNey(order, vocab_size).fit(ids).probabilities(torch.tensor(context, dtype=torch.long))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_kneser_ney_equals_the_textbook_where_discounts_are_estimated(order):
+    generator = torch.Generator().manual_seed(order)
+    ids = (40 * torch.rand(1500, generator=generator) ** 3).long()
+    textbook, model = TextbookKneserNey(order, 40, ids.tolist()), KneserNey(order, 40).fit(ids)
+    assert (model.discounts[1:] != torch.tensor([0.5, 1.0, 1.5])).all()
+    for context in torch.randint(4, (2, order - 1), generator=generator):
+        expected = [textbook.probability(tuple(context.tolist()), symbol) for symbol in range(0, 40, 4)]
+        np.testing.assert_allclose(model.probabilities(context)[::4], expected, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -269,3 +283,169 @@ def test_docstring_examples():
     import doctest
 
     assert doctest.testmod(ngrams).failed == 0
+
+
+# --- the lesson: break a thing of the library once, and each proof that rests on it fails -----------------------------
+
+LESSON = Path(__file__).parents[1] / "notebooks" / "02_ngrams.ipynb"
+
+
+class BrokenKneserNey(KneserNey):
+    def fit(self, ids):
+        super().fit(ids)
+        self.discounts = self.discounts * 1.000001
+        return self
+
+    def score(self, ids, context=None):
+        return super().score(ids, context) * 1.000001
+
+    def probabilities(self, context_ids):
+        return super().probabilities(context_ids) * 1.000001
+
+    def sample(self, length, generator=None, prompt_ids=None):
+        return super().sample(length, generator, prompt_ids).roll(1)
+
+    def longest_context(self, ids):
+        return super().longest_context(ids) - 1
+
+
+BROKEN = {
+    "count_ngrams": lambda ids, order, vocab_size: count_ngrams(ids.roll(1), order, vocab_size),
+    "smooth": lambda *args, **kwargs: smooth(*args, **kwargs) * 1.000001,
+    "score": lambda probabilities, ids: score(probabilities, ids) * 1.000001,
+    "sample": lambda *args: sample(*args).roll(1),
+    "loss_units": lambda *args: loss_units(*args)._replace(bits_per_character=1.0),
+    "KneserNey": BrokenKneserNey,
+}
+
+
+def proofs():
+    """Walk through the lesson, leaving out the long counts; yield each proof and the names that it can see."""
+    names = {}
+    for cell in json.loads(LESSON.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        left_out = re.search(r"_losses|evenly|worth|load_corpus\(\)|models|seen\[", source)
+        if cell["cell_type"] != "code" or (left_out and "check.same(" not in source):
+            continue
+        if "check.same(" in source:
+            yield source, names
+        exec(source, names)
+        names["plt"].close("all")
+        if "longest_context" in source:
+            return  # the last proof; what follows only uses what was proved
+
+
+def notices(source, names):
+    try:
+        exec(source, names)
+    except AssertionError:
+        return True
+    return False
+
+
+def test_each_proof_fails_when_the_library_is_broken():
+    caught = set()
+    for source, names in proofs():
+        here = {name for name in BROKEN if f"{name}(" in source and notices(source, {**names, name: BROKEN[name]})}
+        assert here, f"no broken thing is noticed by this proof:\n{source}"
+        caught |= here
+    assert caught == set(BROKEN)
+
+
+# --- the exercises of 02_ngrams: each grader accepts a right answer, knows a stub, says what is wrong with others -----
+
+
+def stub(*args):
+    raise NotImplementedError
+
+
+def right_followers(text, context):
+    found = Counter(text[i + len(context)] for i in range(len(text) - len(context)) if text[i:].startswith(context))
+    return found or right_followers(text, context[1:])
+
+
+def shortened_at_the_back(text, context):
+    found = Counter(text[i + len(context)] for i in range(len(text) - len(context)) if text[i:].startswith(context))
+    return found or shortened_at_the_back(text, context[:-1])
+
+
+def without_overlaps(text, context):
+    if not context:
+        return Counter(text)
+    found = Counter(piece[0] for piece in text.split(context)[1:] if piece)
+    return found or without_overlaps(text, context[1:])
+
+
+def only_the_whole_context(text, context):
+    return Counter(text[i + len(context)] for i in range(len(text) - len(context)) if text[i:].startswith(context))
+
+
+def choose_strength(pick, part):
+    def answer(ids, vocab_size, strengths):
+        cut = len(ids) * 9 // 10
+        counts = count_ngrams(ids[:cut], 2, vocab_size)
+        return pick(strengths, key=lambda s: score(smooth(counts, s), part(ids, cut)).mean())
+
+    return answer
+
+
+def shares(places):
+    return places.double() / places.sum()
+
+
+EXERCISES = {
+    "grade_bits": (
+        lambda p: -torch.log2(p).mean(),
+        {
+            "which logarithm": lambda p: -torch.log(p).mean(),
+            "turn its sign": lambda p: torch.log2(p).mean(),
+            "before the mean": lambda p: -torch.log2(p.mean()),
+            "is it per character": lambda p: -torch.log2(p).sum(),
+        },
+    ),
+    "grade_followers": (
+        right_followers,
+        {
+            "from the front": shortened_at_the_back,
+            "runs overlap": without_overlaps,
+            "only the ending": only_the_whole_context,
+        },
+    ),
+    "grade_continuation": (
+        lambda pairs: shares((pairs > 0).sum(0)),
+        {
+            "count places": lambda pairs: shares(pairs.sum(0)),
+            "down the columns": lambda pairs: shares((pairs > 0).sum(1)),
+            "sum to one": lambda pairs: (pairs > 0).sum(0).double(),
+        },
+    ),
+    "grade_strength": (
+        choose_strength(min, lambda ids, cut: ids[cut:]),
+        {
+            "measure on the rest": choose_strength(min, lambda ids, cut: ids[:cut]),
+            "lowest mean surprise": choose_strength(max, lambda ids, cut: ids[cut:]),
+            "one of the strengths": lambda ids, vocab_size, strengths: 2.0,
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def graders():
+    return check.graders(LESSON)
+
+
+@pytest.mark.parametrize("grader", EXERCISES)
+def test_graders_accept_a_right_answer_and_know_a_stub(graders, grader):
+    assert check.exercise(EXERCISES[grader][0], graders[grader]) == "right"
+    assert check.exercise(stub, graders[grader]) == "not attempted"
+
+
+@pytest.mark.parametrize(("grader", "message"), [(name, said) for name in EXERCISES for said in EXERCISES[name][1]])
+def test_graders_say_what_is_wrong(graders, grader, message):
+    verdict = check.exercise(EXERCISES[grader][1][message], graders[grader])
+    assert verdict.startswith("not yet") and message in verdict
+
+
+def test_every_grader_is_tested(graders):
+    assert {name for name in graders if name.startswith("grade_")} == set(EXERCISES)
