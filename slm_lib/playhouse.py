@@ -86,7 +86,7 @@ class Grammar:
         try:
             return _Draft(self.rules, rng).scene()
         except RecursionError:
-            raise ValueError(f"rule '{self.rules.start.text}' drew a scene without end: let it end more often") from None
+            raise ValueError(f"rule '{self.rules.start.text}' drew a scene without end: let it end sooner") from None
 
     def entropy(self) -> EntropyRate:
         """Return the exact entropy of a scene and its mean length, from the rules alone.
@@ -97,7 +97,7 @@ class Grammar:
         return EntropyRate(float(nats), float(characters))
 
     def surprisal(self, text: str) -> np.ndarray:
-        """Return -log p(character | all before it) in nats, float64 (len(text),), for scenes or a beginning of scenes.
+        """Return -log p(character | all before it) in nats, float64 (len(text),), for scenes or their beginning.
 
         Raises ValueError for text that the grammar cannot say.
         """

@@ -106,6 +106,8 @@ def test_derivations_of_one_text_add_up():
     grammar = Grammar("s = <m!mood><w.m>./\nmood = up | down\nw.up = a | b\nw.down = b | c\n")
     assert chance(grammar, "b.\n") == pytest.approx(1 / 2)
     assert chance(grammar, "b") == pytest.approx(1 / 2)
+    alike = Grammar("s = <w>./\nw = a | b | <v>\nv = b")  # two derivations that are in the same state after b
+    assert chance(alike, "b.\na.\n") == pytest.approx(2 / 3 * 1 / 3)
 
 
 def test_scenes_are_independent(toy):
