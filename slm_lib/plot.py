@@ -7,6 +7,7 @@ compares that line, for it does not compare pictures.
 
 import io
 import textwrap
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
@@ -26,6 +27,8 @@ PALETTE = [BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, YELLOW, BLACK]
 GREY = "#6E6E6E"
 HEAT = LinearSegmentedColormap.from_list("slm_heat", ["#FFFFFF", "#FDE3C8", ORANGE, VERMILLION])
 BALANCE = LinearSegmentedColormap.from_list("slm_balance", [BLUE, "#FFFFFF", VERMILLION])
+
+_RENDERING = threading.Lock()  # panels render in several threads, and matplotlib can only render in one
 
 mpl.rcParams.update(
     {
@@ -63,7 +66,8 @@ def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.0, 3.
 def png(fig: Figure) -> bytes:
     """The picture as PNG bytes; the figure is closed if pyplot keeps it, so that no cell shows it again."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", metadata={"Software": None})
+    with _RENDERING:
+        fig.savefig(buffer, format="png", metadata={"Software": None})
     plt.close(fig)
     return buffer.getvalue()
 
@@ -165,6 +169,30 @@ def text_heat(ax: Axes, characters: str, values: ArrayLike, width: int = 48, mos
     return ax
 
 
+KINDS = {"letter": "#CFE6F5", "capital": "#F7C9A5", "mark": "#BFE5D8", "space": "#F2F2F2", "line end": "#F0E442"}
+
+
+def _kind(character: str) -> int:
+    tests = (character.islower(), character.isalpha(), not character.isspace(), character != "\n")
+    return tests.index(True) if True in tests else len(tests)
+
+
+def tiles(ax: Axes, pieces: Sequence[str]) -> Axes:
+    """Pieces of text of one length, a row for each: every character on a tile coloured by its kind (see `KINDS`).
+
+    Made for batches. Raises ValueError unless all pieces have the same length.
+    """
+    if len({len(piece) for piece in pieces}) != 1 or not pieces[0]:
+        raise ValueError(f"the pieces have the lengths {[len(piece) for piece in pieces]}: give pieces of one length")
+    grid = [[_kind(character) for character in piece] for piece in pieces]
+    ax.imshow(grid, cmap=ListedColormap(list(KINDS.values())), vmin=0, vmax=len(KINDS) - 1, aspect="auto")
+    for row, piece in enumerate(pieces):
+        for column, character in enumerate(visible(piece)):
+            ax.text(column, row, character, ha="center", va="center", fontsize=9, family="monospace")
+    ax.set_axis_off()
+    return ax
+
+
 def _places(characters: str, width: int) -> list[tuple[int, int]]:
     """The row and column at which each character of a text stands."""
     places, row, column = [], 0, 0
@@ -238,8 +266,9 @@ def road(ax: Axes, stops: Mapping[str, str], opened: Collection[str], width: int
         here = name in opened
         ax.scatter(x, y, s=420, color=BLUE if here else "#FFFFFF", edgecolor=BLUE if here else GREY, zorder=1)
         ax.text(x, y, f"{i:02d}", ha="center", va="center", fontsize=9, color="#FFFFFF" if here else GREY)
-        ax.text(x, y - 0.27, name, ha="center", va="top", fontsize=10, weight="bold", color=BLACK if here else GREY)
-        ax.text(x, y - 0.42, textwrap.fill(phrase, 17), ha="center", va="top", fontsize=8, color=GREY)
+        words = {"ha": "center", "va": "top", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
+        ax.text(x, y - 0.27, name, fontsize=10, weight="bold", color=BLACK if here else GREY, **words)
+        ax.text(x, y - 0.42, textwrap.fill(phrase, 17), fontsize=8, color=GREY, **words)
     ax.set_xlim(-0.6, width - 0.4)
     ax.set_ylim(places[-1][1] - 0.85, 0.35)
     ax.set_axis_off()

@@ -88,6 +88,19 @@ def test_text_heat_wants_one_value_for_each_character(ax):
         plot.text_heat(ax, "abc", [1, 2])
 
 
+def test_tiles_tell_the_kinds_of_characters_apart(ax):
+    plot.tiles(ax, ["aé B", "?\n3\t"])
+    assert ax.images[0].get_array().tolist() == [[0, 0, 3, 1], [2, 4, 2, 3]]
+    assert [text.get_text() for text in ax.texts] == list("aé␣B?↵3⇥")
+    assert ax.texts[4].get_position() == (0, 1)  # (column, row)
+
+
+@pytest.mark.parametrize("pieces", [["ab", "c"], [""], []])
+def test_tiles_want_pieces_of_one_length(ax, pieces):
+    with pytest.raises(ValueError, match="one length"):
+        plot.tiles(ax, pieces)
+
+
 def test_describe_says_what_is_there():
     fig, (left, right) = plot.figure(1, 2)
     left.set_title("loss")
