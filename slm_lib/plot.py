@@ -169,6 +169,7 @@ def text_heat(ax: Axes, characters: str, values: ArrayLike, width: int = 48, mos
     return ax
 
 
+# Pale, so that a letter can be read on each of them.
 KINDS = {"letter": "#CFE6F5", "capital": "#F7C9A5", "mark": "#BFE5D8", "space": "#F2F2F2", "line end": "#F0E442"}
 
 

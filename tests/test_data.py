@@ -2,15 +2,19 @@
 
 import hashlib
 import http.server
+import json
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from exercises import assert_graded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm_lib import data, playhouse
+from slm_lib import data, grammar, playhouse
 
 
 @pytest.fixture
@@ -180,3 +184,178 @@ def test_a_seed_draws_the_same_batch():
 def test_a_batch_that_cannot_be_drawn_is_refused(batch_size, block_size, words):
     with pytest.raises(ValueError, match=words):
         data.draw_batch(torch.arange(10), batch_size, block_size)
+
+
+# --- the lesson: break a thing of the library once, and each proof that rests on it fails -----------------------------
+
+LESSON = Path(__file__).parents[1] / "notebooks" / "01_data.ipynb"
+LAST_PROOF = "floor of playhouse"
+
+
+def changed(owner, name, change):
+    """A part of the library and how to break it: its name, and the same with its result changed."""
+    whole = getattr(owner, name)
+    return name, (owner, lambda *args, **kwargs: change(whole(*args, **kwargs)))
+
+
+def breakable():
+    return [
+        changed(data, "split", lambda parts: (parts[0] + parts[1][:1], parts[1][1:])),
+        changed(data, "clean", lambda cleaned: replace(cleaned, text=cleaned.text.replace("'", "", 1))),
+        changed(data.CharTokenizer, "encode", lambda ids: ids.roll(1)),
+        changed(data.CharTokenizer, "decode", lambda text: text[::-1]),
+        changed(data, "draw_batch", lambda batch: (batch[0], batch[0])),
+        changed(playhouse.Grammar, "draw", lambda scene: scene._replace(text=scene.text.upper())),
+        changed(playhouse.Grammar, "log_prob", lambda nats: nats * 1.000001),
+        changed(playhouse.Grammar, "surprisal", lambda nats: nats[::-1]),
+        changed(playhouse.Grammar, "entropy", lambda rate: rate._replace(nats_per_scene=rate[0] * 1.000001)),
+        changed(grammar, "log_mass", lambda mass: mass * 1.000001),
+        changed(grammar, "remember", lambda memory: memory[::-1]),
+        changed(grammar, "bind", lambda memory: memory[::-1]),
+        changed(playhouse, "log_prob", lambda nats: nats * 1.000001),
+        changed(playhouse, "surprisal", lambda nats: nats * 1.000001),
+        changed(playhouse, "scenes", lambda scenes: scenes[1:]),
+        changed(playhouse, "text", str.swapcase),
+    ]
+
+
+def cells():
+    sources = ["".join(c["source"]) for c in json.loads(LESSON.read_text())["cells"] if c["cell_type"] == "code"]
+    (last,) = [place for place, source in enumerate(sources) if LAST_PROOF in source]
+    assert not any("check.same(" in source for source in sources[last + 1 :])
+    return sources[: last + 1]
+
+
+def wrong_facts(names):
+    """What the library told earlier in the lesson, as it must not be."""
+    if "play" in names:
+        yield {"play": replace(names["play"], sha256="", floor=0.0)}
+    if "drawn" in names:
+        moved = [[r._replace(distance=r.distance + 1) for r in scene.recalls] for scene in names["drawn"]]
+        yield {"drawn": [scene._replace(recalls=r) for scene, r in zip(names["drawn"], moved, strict=True)]}
+
+
+def notices(source, names, *broken):
+    with pytest.MonkeyPatch.context() as patch:
+        if broken:
+            patch.setattr(*broken)
+        try:
+            exec(source, names)
+        except AssertionError:
+            return True
+    return False
+
+
+def test_each_proof_fails_when_the_library_is_broken():
+    names, caught = {}, set()
+    for source in cells():
+        if "check.same(" in source:
+            here = [(owner, name) for name, (owner, broken) in breakable()
+                    if f".{name}" in source and notices(source, dict(names), owner, name, broken)]  # fmt: skip
+            noticed = here or any(notices(source, {**names, **wrong}) for wrong in wrong_facts(names))
+            assert noticed, f"no broken thing is noticed by this proof:\n{source}"
+            caught |= set(here)
+        exec(source, names)
+        names["plt"].close("all")
+    assert caught == {(owner, name) for name, (owner, _) in breakable()}
+
+
+# --- the exercises of 01_data -----------------------------------------------------------------------------------------
+
+
+def counts_repeats(words, plainer):
+    """A word that occurs twice is taken for a collision."""
+    came_from = {}
+    for word in words:
+        came_from.setdefault(plainer(word), []).append(word)
+    return {plain: sorted(set(origins)) for plain, origins in came_from.items() if len(origins) > 1}
+
+
+def keeps_lone_words(words, plainer):
+    return {plainer(word): sorted({other for other in words if plainer(other) == plainer(word)}) for word in words}
+
+
+def keeps_only_the_changed(words, plainer):
+    """The word that is plain already is left out."""
+    changed = {word for word in words if plainer(word) != word}
+    collided = {plainer(word) for word in changed if plainer(word) in words}
+    return {plain: sorted(word for word in changed if plainer(word) == plain) for plain in collided}
+
+
+def drops_the_empty_line(characters, share):
+    at = characters.find("\n\n", int(share * len(characters)))
+    return characters[:at], characters[at + 2 :]
+
+
+def cuts_anywhere(characters, share):
+    at = int(share * len(characters))
+    return characters[:at], characters[at:]
+
+
+def cuts_after_any_line(characters, share):
+    at = characters.find("\n", int(share * len(characters))) + 1
+    return characters[:at], characters[at:]
+
+
+def misses_the_speech_that_begins_there(characters, share):
+    at = characters.find("\n\n", int(share * len(characters))) + 2
+    return characters[:at], characters[at:]
+
+
+def drops_the_rest(ids, block_size):
+    starts = range(0, len(ids) - block_size, block_size)
+    return [(ids[s : s + block_size], ids[s + 1 : s + block_size + 1]) for s in starts]
+
+
+def shifts_within_the_window(ids, block_size):
+    """Cuts first and shifts afterwards, so the first id of every window is never a target."""
+    pieces = [ids[s : s + block_size] for s in range(0, len(ids), block_size)]
+    return [(piece[:-1], piece[1:]) for piece in pieces if len(piece) > 1]
+
+
+def does_not_shift(ids, block_size):
+    return [(ids[s : s + block_size], ids[s : s + block_size]) for s in range(0, len(ids), block_size)]
+
+
+def overlaps(ids, block_size):
+    return [(ids[s : s + block_size], ids[s + 1 : s + block_size + 1]) for s in range(len(ids) - block_size)]
+
+
+def draws_a_second_name():
+    return ("scene = Here comes <name>, as the bells of the old town ring. Welcome, <name>./\n"
+            "name = Tom | Ann | Meg | Will")  # fmt: skip
+
+
+def favours_a_name():
+    return ("scene = Here comes <who:name>, as the bells of the old town ring. Welcome, <=who:name>./\n"
+            "name = 2* Tom | Ann | Meg | Will")  # fmt: skip
+
+
+def says_it_again_at_once():
+    return "scene = Welcome, <who:name>! O <=who:name>./\nname = Tom | Ann | Meg | Will"
+
+
+def marks_no_recall():
+    return ("scene = Here comes <who:name>, as the bells of the old town ring. Welcome, <=who>./\n"
+            "name = Tom | Ann | Meg | Will")  # fmt: skip
+
+
+def leaves_more_to_chance():
+    return ("scene = Here comes <who:name>, as the bells of the old town <ring>. Welcome, <=who:name>./\n"
+            "name = Tom | Ann | Meg | Will\nring = ring | toll")  # fmt: skip
+
+
+def test_the_exercises():
+    assert_graded(
+        "data",
+        {
+            "my_collisions": [counts_repeats, keeps_lone_words, keeps_only_the_changed],
+            "my_split": [
+                drops_the_empty_line, cuts_anywhere, cuts_after_any_line, misses_the_speech_that_begins_there,
+            ],
+            "my_windows": [drops_the_rest, shifts_within_the_window, does_not_shift, overlaps],
+            "my_grammar": [
+                draws_a_second_name, favours_a_name, says_it_again_at_once, marks_no_recall, leaves_more_to_chance,
+            ],
+        },
+    )  # fmt: skip
