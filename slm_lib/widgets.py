@@ -1,9 +1,8 @@
 """Panels to turn: controls around a plain function, with a picture or text that a notebook keeps.
 
 `Panel` redraws at once and is for light work. `RunPanel` is for work of over a second: a button, a bar, Stop.
-`WritePanel` streams text and starts again when its prompt or a slider changes. Each can be driven from Python: `set`
-moves its controls, `wait` waits until it is still. What a panel shows is kept in the notebook as a picture or as text,
-so that it can be seen where no kernel runs.
+`WritePanel` streams text and starts again when its prompt or a slider changes. From Python, `set` moves the controls
+and `wait` waits until all is still. The notebook keeps what is shown as a picture or text, for where no kernel runs.
 """
 
 import base64
@@ -48,12 +47,12 @@ class _Base(ipywidgets.VBox):
     def __init__(self, controls: dict[str, Any]):
         self.controls = {k: v for k, v in controls.items() if isinstance(v, ipywidgets.Widget)}
         self.fixed = {k: v for k, v in controls.items() if k not in self.controls}
+        width = f"{max(map(len, self.controls), default=0) + 1}ch"
         for name, control in self.controls.items():
-            control.description = control.description or name.replace("_", " ")
-            control.style.description_width = "initial"
+            control.description, control.style.description_width = name.replace("_", " "), width
             control.observe(lambda _: self._held or self._changed(), "value")
-        self.image = ipywidgets.Image(format="png", layout={"display": "none"})
-        self.page, self.status = ipywidgets.HTML(), ipywidgets.Label()
+        self.image = ipywidgets.Image(layout={"display": "none", "align_self": "flex-start", "max_width": "100%"})
+        self.page, self.status = ipywidgets.HTML(), ipywidgets.Label(layout={"display": "none"})
         self.text, self._held = "", False
         self._job: _Job | None = None
         super().__init__()
@@ -94,6 +93,11 @@ class _Base(ipywidgets.VBox):
             self.image.value = plot.png(content)
             self.image.layout.display = None
 
+    def _say(self, message: str | Exception) -> None:
+        if isinstance(message, Exception) and not isinstance(message, ValueError):  # ours are whole sentences
+            message = f"{type(message).__name__}: {message}"
+        self.status.value, self.status.layout.display = str(message), None if str(message) else "none"
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.values.items())})"
 
@@ -111,10 +115,6 @@ def _page(text: str, prompt: str = "") -> str:
     return f'<pre style="{TEXT_STYLE}">{given}{html.escape(text)}</pre>'
 
 
-def _sentence(error: Exception) -> str:
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-
-
 class Panel(_Base):
     """Redraws as its controls move: `draw(**values)` returns a Figure or text, and takes well under a second."""
 
@@ -127,9 +127,9 @@ class Panel(_Base):
     def _changed(self) -> None:
         try:
             self._show(self.draw(**self.values))
-            self.status.value = ""
+            self._say("")
         except Exception as error:
-            self.status.value = _sentence(error)
+            self._say(error)
 
 
 class _Job(threading.Thread):
@@ -182,8 +182,8 @@ class _BackgroundPanel(_Base):
         """Begin with what the controls say now; work in progress is called off."""
         if self._job is not None:
             self._job.call_off()
-        values = self.values
-        self.stop_button.disabled, self.status.value = False, "working"
+        values, self.stop_button.disabled = self.values, False
+        self._say("working")
         self._job = _Job(lambda job: self._guarded(job, values), self._job, self._lock)
         self._job.start()
 
@@ -195,13 +195,13 @@ class _BackgroundPanel(_Base):
 
     def _guarded(self, job: _Job, values: dict[str, Any]) -> None:
         try:
-            message = self._work(job, values)
+            job.show(self._settle, self._work(job, values))
         except Exception as error:  # a thread's traceback would be seen by nobody
-            message = _sentence(error)
-        job.show(self._settle, message)
+            job.show(self._settle, error)
 
-    def _settle(self, message: str) -> None:
-        self.stop_button.disabled, self.status.value = True, message
+    def _settle(self, message: str | Exception) -> None:
+        self.stop_button.disabled = True
+        self._say(message)
 
 
 class RunPanel(_BackgroundPanel):
