@@ -5,6 +5,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from exercises import assert_graded
 from nbformat import v4
 
 from slm_lib import check
@@ -210,3 +211,19 @@ def test_ladder_prints_and_keeps_rows(tmp_path, monkeypatch, capsys):
 def test_an_empty_ladder_says_so(tmp_path, capsys):
     check.show_ladder(path=tmp_path / "none.json")
     assert "still empty" in capsys.readouterr().out
+
+
+def test_wrong_answers_to_an_exercise_are_told_from_right_ones(tmp_path):
+    stub = ("def my_double(x):\n    raise NotImplementedError", [])
+    grader = ("def grade_double(answer):\n    assert answer(3) == 6, 'wrong'", ["grader"])
+    lesson(tmp_path, ("from slm_lib import check", []), stub, grader, ("check.exercise(my_double, grade_double)", []))
+    (tmp_path / "solutions").mkdir()
+    lesson(tmp_path / "solutions", ("def my_double(x):\n    return x + x", []))
+    halve, triple = lambda x: x / 2, lambda x: 3 * x
+    assert_graded("lesson", {"my_double": [halve, triple]}, tmp_path)
+    for wrong in ({}, {"my_double": [halve]}, {"my_double": [halve, double]}, {"my_triple": [halve, triple]}):
+        with pytest.raises(AssertionError):
+            assert_graded("lesson", wrong, tmp_path)
+    lesson(tmp_path / "solutions", ("def my_double(x):\n    return x * x", []))
+    with pytest.raises(AssertionError):
+        assert_graded("lesson", {"my_double": [halve, triple]}, tmp_path)
