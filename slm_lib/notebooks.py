@@ -148,7 +148,7 @@ def record(folder: str | os.PathLike | None = None, root: str | os.PathLike = RO
 def _write(path: Path, text: str) -> None:
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
-        print(f"changed: {path.name}")
+        print(f"changed: {path.parent.name}/{path.name}")
 
 
 def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:

@@ -84,7 +84,7 @@ def test_record_writes_what_depends_on_the_results_alone(project, shakespeare, c
     (project / "README.md").write_text("before\n<!-- ladder -->\nold\n<!-- /ladder -->\nafter\n")
     assert notebooks.record(project / "notebooks", project) == 0
     first = snapshot(project)
-    assert "changed: 00_first.ipynb" in capsys.readouterr().out
+    assert "changed: notebooks/00_first.ipynb" in capsys.readouterr().out
     _stored_outputs_are_clean(project / "notebooks" / "00_first.ipynb")
     _the_ladder_is_kept(project)
     assert notebooks.record(project / "notebooks", project) == 0
