@@ -17,8 +17,25 @@ from slm_lib.blocks import GPT, GPTConfig
 from slm_lib.ngrams import loss_units
 
 RUNS = Path("runs")
-SIZES = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
-TYPES = {"int": int, "float": float}
+SIZES = {
+    "block_size": "how many characters the model sees at once",
+    "n_layer": "how many blocks are stacked",
+    "n_head": "how many heads of attention share n_embd",
+    "n_embd": "how many numbers describe one position",
+    "dropout": "share of activations dropped in training, 0 to 1",
+}
+SETTINGS = {
+    "batch_size": "how many pieces of text are read side by side in one step",
+    "max_iters": "how many steps to train",
+    "learning_rate": "the highest step size",
+    "weight_decay": "how strongly weights are pulled towards zero",
+    "warmup_iters": "steps over which the learning rate climbs to its highest",
+    "beta1": "how long Adam remembers gradients",
+    "beta2": "how long Adam remembers their squares",
+    "grad_clip": "the longest gradient that is taken as it is",
+    "eval_interval": "steps between checkpoints",
+    "seed": "the same seed trains the same model",
+}
 
 
 def add_train(commands) -> None:
@@ -30,14 +47,11 @@ def add_train(commands) -> None:
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on from the newest checkpoint in FOLDER")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default): the best one found")
     parser.add_argument("--design", default="modern", choices=["modern", "gpt2"], help="the model's design")
-    for name in SIZES:
-        parser.add_argument(_flag(name), type=float if name == "dropout" else int, help="instead of the preset's")
-    for field in dataclasses.fields(training.TrainingConfig):
-        parser.add_argument(_flag(field.name), type=field.type, help="instead of the preset's")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    preset = training.PRESETS["shakespeare-cpu"]
+    defaults = {"dropout": 0.0, **preset.sizes, **dataclasses.asdict(preset.training)}
+    for name, meaning in {**SIZES, **SETTINGS}.items():
+        help = f"{meaning} ({defaults[name]:g} in shakespeare-cpu)"
+        parser.add_argument("--" + name.replace("_", "-"), type=type(defaults[name]), metavar="N", help=help)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -59,7 +73,10 @@ def train(args: argparse.Namespace) -> None:
 
     def keep_checkpoint(trainer: training.Trainer) -> None:
         if trainer.step and not (folder / f"step-{trainer.step:06d}").exists():
-            trainer.save(folder / f"step-{trainer.step:06d}", tokenizer, {"commands": commands})
+            try:
+                trainer.save(folder / f"step-{trainer.step:06d}", tokenizer, {"commands": commands})
+            except OSError as error:  # a full disk must not cost the training that is under way
+                print(f"\ngoing on without this checkpoint: {error}", file=sys.stderr)
             for old in sorted(folder.glob("step-*"))[:-2]:
                 shutil.rmtree(old)
 
@@ -81,8 +98,7 @@ def train(args: argparse.Namespace) -> None:
 def _start(args: argparse.Namespace, tokenizer: data.CharTokenizer, ids: torch.Tensor, device) -> training.Trainer:
     preset = training.PRESETS[args.preset]
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    names = [field.name for field in dataclasses.fields(training.TrainingConfig)]
-    changed = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    changed = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     config = dataclasses.replace(preset.training, **changed)
     torch.manual_seed(config.seed)
     design = getattr(GPTConfig, args.design)
