@@ -23,7 +23,8 @@ help:
 	@echo 'PYTHON=python3.12 names another Python (3.11 or newer).'
 
 lab: ready
-	@.venv/bin/python -m jupyterlab --log-level=WARN $(LAB_FLAGS) notebooks/00_welcome.ipynb
+	@.venv/bin/python -m jupyterlab --log-level=WARN $(LAB_FLAGS) \
+	    --LabApp.default_url=/lab/tree/notebooks/00_welcome.ipynb
 
 run: ready
 	@.venv/bin/python -m slm_lib run-notebooks
