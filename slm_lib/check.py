@@ -138,6 +138,7 @@ def claim(text: str, value: Any, low: float = -math.inf, high: float = math.inf)
         return
     least, most = f"at least {low:g}", f"at most {high:g}"
     bounds = f"{least}, {most}" if math.isfinite(low) and math.isfinite(high) else least if math.isfinite(low) else most
+    bounds = f"equal to {low:g}" if low == high else bounds
     assert low <= float(value) <= high, f"the claim does not hold: {text}: {float(value):.6g} is not {bounds}"
     print(f"claim: {text} ({bounds})")
 

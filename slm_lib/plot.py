@@ -260,17 +260,17 @@ def _images(ax: Axes, digits: int) -> list[str]:
 
 
 def road(ax: Axes, stops: Mapping[str, str], opened: Collection[str], width: int = 6) -> Axes:
-    """A road of named stops with a phrase each, in rows of `width` that turn like a plough; unopened stops are pale."""
-    places = [(i % width if i // width % 2 == 0 else width - 1 - i % width, -(i // width)) for i in range(len(stops))]
-    ax.plot(*zip(*places, strict=True), color="#D9D9D9", linewidth=7, zorder=0)
-    for i, ((name, phrase), (x, y)) in enumerate(zip(stops.items(), places, strict=True)):
-        here = name in opened
+    """A road of named stops with a phrase each, in rows of `width`; stops that are open are filled and numbered."""
+    for i, (name, phrase) in enumerate(stops.items()):
+        x, y, here = i % width, -(i // width), name in opened
+        if x:
+            ax.plot([x - 1, x], [y, y], color="#D9D9D9", linewidth=7, zorder=0)
         ax.scatter(x, y, s=420, color=BLUE if here else "#FFFFFF", edgecolor=BLUE if here else GREY, zorder=1)
-        ax.text(x, y, f"{i:02d}", ha="center", va="center", fontsize=9, color="#FFFFFF" if here else GREY)
-        words = {"ha": "center", "va": "top", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
+        ax.text(x, y, f"{i:02d}" if here else "", ha="center", va="center", fontsize=9, color="#FFFFFF")
+        words = {"ha": "center", "va": "top"}
         ax.text(x, y - 0.27, name, fontsize=10, weight="bold", color=BLACK if here else GREY, **words)
         ax.text(x, y - 0.42, textwrap.fill(phrase, 17), fontsize=8, color=GREY, **words)
     ax.set_xlim(-0.6, width - 0.4)
-    ax.set_ylim(places[-1][1] - 0.85, 0.35)
+    ax.set_ylim(-((len(stops) - 1) // width) - 0.8, 0.3)
     ax.set_axis_off()
     return ax

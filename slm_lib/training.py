@@ -54,7 +54,7 @@ class TrainingConfig:
         if not 0 <= self.weight_decay <= 10:
             raise ValueError(f"weight_decay {self.weight_decay} must lie in 0..10: try 0.1")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must lie in 0..1, 1 left out: try 0.9 and 0.95")
+            raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must lie in 0..1, 1 excluded: try 0.9, 0.95")
         if self.grad_clip <= 0:
             raise ValueError(f"grad_clip {self.grad_clip} must be above 0: try 1.0")
 
@@ -253,7 +253,7 @@ def train(
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Within it, a first Ctrl-C sets the event it yields instead of breaking into a half-made update; a second breaks."""
+    """Within it, a first Ctrl-C sets the event it yields instead of breaking into an update; a second breaks."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked

@@ -5,16 +5,20 @@ import math
 from exercises import assert_graded
 
 
-def bits_instead_of_nats(vocab_size):
-    return math.log2(vocab_size)
+def bits_instead_of_nats(probabilities):
+    return math.exp(sum(-math.log2(p) for p in probabilities) / len(probabilities))
 
 
-def wrong_sign(vocab_size):
-    return math.log(1 / vocab_size)
+def the_sum_and_not_the_mean(probabilities):
+    return math.exp(sum(-math.log(p) for p in probabilities))
 
 
-def the_probability_itself(vocab_size):
-    return 1 / vocab_size
+def one_over_the_mean_probability(probabilities):
+    return len(probabilities) / sum(probabilities)
+
+
+def only_the_loss(probabilities):
+    return sum(-math.log(p) for p in probabilities) / len(probabilities)
 
 
 def looks_inside_words(written, known):
@@ -51,7 +55,7 @@ def softmax_of_probabilities(probabilities, temperature):
 
 def test_graders():
     assert_graded("welcome", {
-        "uniform_loss": [bits_instead_of_nats, wrong_sign, the_probability_itself],
+        "perplexity": [bits_instead_of_nats, the_sum_and_not_the_mean, one_over_the_mean_probability, only_the_loss],
         "share_of_words": [looks_inside_words, forgets_commas_and_capitals, counts_each_word_once, divides_by_nothing],
         "at_temperature": [does_not_normalise, the_wrong_way_round, softmax_of_probabilities],
     })  # fmt: skip
