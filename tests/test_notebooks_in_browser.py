@@ -185,7 +185,7 @@ def lesson(noun):
 def test_welcome_writes_anew_when_the_temperature_slider_moves(tmp_path):
     with lab_notebook(lesson("welcome"), tmp_path) as lab:
         lab.run_all()
-        panel = lab.output("widgets.WritePanel(")
+        panel = lab.output("widgets.WritePanel(write, ")
         before, readout = panel.shown(), panel.readout()
         assert before[0][0].startswith("ROMEO:")
         panel.press("ArrowRight", times=6)
