@@ -108,8 +108,8 @@ class Lab:
         assert done and not errors.count(), errors.first.inner_text()[-1500:] if errors.count() else "not run"
 
     def output(self, text):
-        """The output area of the only cell whose source holds `text`."""
-        (place,) = [i for i, source in enumerate(self.sources) if text in source]
+        """The output area of the first cell whose source holds `text`."""
+        place = next(i for i, source in enumerate(self.sources) if text in source)
         cell = self.page.locator(".jp-Notebook .jp-Cell").nth(place)
         cell.scroll_into_view_if_needed()
         return Output(cell.locator(".jp-Cell-outputArea"))
