@@ -51,8 +51,10 @@ def test_streaming_yields_as_it_draws(model):
     assert len(next(pieces)) == 1 and next(pieces) in TOKENIZER.symbols
 
 
-@pytest.mark.parametrize("options, words", [({"prompt": "abé"}, "lacks 'é'"), ({"temperature": -1.0}, "temperature -1.0"),
-                                            ({"top_k": 0}, "top_k 0"), ({"temperature": float("nan")}, "temperature nan")])
+@pytest.mark.parametrize("options, words", [
+    ({"prompt": "abé"}, "lacks 'é'"), ({"temperature": -1.0}, "temperature -1.0"), ({"top_k": 0}, "top_k 0"),
+    ({"temperature": float("nan")}, "temperature nan"),
+])  # fmt: skip
 def test_bad_wishes_are_refused_by_name(model, options, words):
     with pytest.raises(ValueError, match=words):
         generate(model, TOKENIZER, **options)
