@@ -288,6 +288,6 @@ PRESETS = {
     "shakespeare-cpu": Preset(
         None,
         {"block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128},
-        TrainingConfig(batch_size=32, max_iters=2_000, learning_rate=4e-3),
+        TrainingConfig(batch_size=32, max_iters=1_000, learning_rate=4e-3),
     ),
 }
