@@ -1,5 +1,6 @@
 """The counting models: against a textbook Kneser-Ney in dictionaries, a naive tally, and what probability demands."""
 
+import copy
 import json
 import math
 import re
@@ -334,6 +335,15 @@ def proofs():
         names["plt"].close("all")
 
 
+def with_broken(name, names):
+    """The names with one thing broken, in the model that was fitted before too."""
+    broken = {**names, name: BROKEN[name]}
+    if name == "KneserNey" and "model" in names:
+        broken["model"] = copy.copy(names["model"])
+        broken["model"].__class__ = BrokenKneserNey
+    return broken
+
+
 def notices(source, names):
     try:
         exec(source, names)
@@ -345,7 +355,8 @@ def notices(source, names):
 def test_each_proof_fails_when_the_library_is_broken():
     caught = set()
     for source, names in proofs():
-        here = {name for name in BROKEN if f"{name}(" in source and notices(source, {**names, name: BROKEN[name]})}
+        used = {name for name in BROKEN if f"{name}(" in source or (name == "KneserNey" and "model." in source)}
+        here = {name for name in used if notices(source, with_broken(name, names))}
         assert here, f"no broken thing is noticed by this proof:\n{source}"
         caught |= here
     assert caught == set(BROKEN)
@@ -420,6 +431,16 @@ EXERCISES = {
 @pytest.fixture(scope="module")
 def graders():
     return check.graders(LESSON)
+
+
+def strength_with_the_context_before_the_cut(ids, vocab_size, strengths):
+    cut = len(ids) * 9 // 10
+    counts = count_ngrams(ids[:cut], 2, vocab_size)
+    return min(strengths, key=lambda s: score(smooth(counts, s), ids)[cut:].mean())
+
+
+def test_strength_may_be_measured_with_the_context_before_the_cut(graders):
+    assert check.exercise(strength_with_the_context_before_the_cut, graders["grade_strength"]) == "right"
 
 
 @pytest.mark.parametrize("grader", EXERCISES)
