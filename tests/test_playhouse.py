@@ -223,7 +223,7 @@ def test_recalls_are_out_of_reach_for_a_7_gram(scenes, text, surprisal):
 
 
 def test_a_small_gpt_comes_below_the_7_gram():
-    """What the series rests on: memory pays. 880 steps are under 90 seconds on two cores; here one core takes longer."""
+    """What the series rests on: memory pays. Its 880 steps take under 90 seconds on two cores."""
     corpus = data.load_corpus("playhouse")
     tokenizer = data.CharTokenizer(corpus.symbols)
     train_ids, val_ids = (tokenizer.encode(part) for part in data.split(corpus))
