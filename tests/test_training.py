@@ -93,10 +93,11 @@ def test_the_callback_sees_step_0_each_interval_and_the_end_once_and_can_stop():
 def test_the_stop_button_lets_the_step_end_and_leaves_all_usable():
     model = small_model()
     trainer = Trainer(model, IDS, TrainingConfig(batch_size=2, max_iters=1_000_000))
+    before = signal.getsignal(signal.SIGINT)
     threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     history = trainer.run(progress=False)
     assert history.interrupted and 0 < trainer.step < 1_000_000 and not model.training
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     stopped_at, loss = trainer.step, training.evaluate(model, IDS)
     trainer.update()
     assert trainer.step == stopped_at + 1 and math.isfinite(loss)
