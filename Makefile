@@ -52,7 +52,6 @@ clean:
 # --- set-up -----------------------------------------------------------------------------------------------------------
 
 ready: .venv/installed
-	@.venv/bin/python -m slm_lib download --if-online || true
 
 .venv/installed: requirements.txt requirements-cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -60,6 +59,7 @@ ready: .venv/installed
 	@test -x .venv/bin/python || echo 'setting up .venv, once (a few minutes; torch is the large part)'
 	@test -x .venv/bin/python || $(PYTHON) -m venv --upgrade-deps .venv
 	@$(call install,-r $(REQUIREMENTS))
+	@.venv/bin/python -m slm_lib download --if-online
 	@touch $@
 
 .venv/installed-test: .venv/installed

@@ -62,7 +62,7 @@ def train(args: argparse.Namespace) -> None:
     train_ids, val_ids = (tokenizer.encode(text) for text in data.split(corpus))
     if args.resume:
         folder = args.resume
-        trainer, commands = _resume(folder, train_ids, device)
+        trainer, commands = _resume(folder, corpus, train_ids, device)
     else:
         folder = args.out or _new_folder(RUNS / args.preset)
         trainer, commands = _start(args, tokenizer, train_ids, device), []
@@ -73,8 +73,9 @@ def train(args: argparse.Namespace) -> None:
 
     def keep_checkpoint(trainer: training.Trainer) -> None:
         if trainer.step and not (folder / f"step-{trainer.step:06d}").exists():
+            about = {"commands": commands, "corpus": {"name": corpus.name, "sha256": corpus.sha256}}
             try:
-                trainer.save(folder / f"step-{trainer.step:06d}", tokenizer, {"commands": commands})
+                trainer.save(folder / f"step-{trainer.step:06d}", tokenizer, about)
             except OSError as error:  # a full disk must not cost the training that is under way
                 print(f"\ngoing on without this checkpoint: {error}", file=sys.stderr)
             for old in sorted(folder.glob("step-*"))[:-2]:
@@ -106,14 +107,19 @@ def _start(args: argparse.Namespace, tokenizer: data.CharTokenizer, ids: torch.T
     return training.Trainer(model, ids, config)
 
 
-def _resume(folder: Path, ids: torch.Tensor, device) -> tuple[training.Trainer, list[str]]:
+def _resume(folder: Path, corpus: data.Corpus, ids: torch.Tensor, device) -> tuple[training.Trainer, list[str]]:
     """The trainer of the newest whole checkpoint in `folder`, and the commands that led to it."""
     for checkpoint in sorted(folder.glob("step-*"), reverse=True):
         try:
             trainer = training.Trainer.resume(checkpoint, ids, device)
-            return trainer, checkpoints.load_model(checkpoint)[2].get("commands", [])
         except (ValueError, FileNotFoundError) as error:
             print(f"passed over: {error}", file=sys.stderr)
+            continue
+        about = checkpoints.load_model(checkpoint)[2]
+        if about["corpus"]["sha256"] != corpus.sha256:
+            name = about["corpus"]["name"]
+            raise ValueError(f"{checkpoint} was trained on {name}, not on {corpus.name}: name it with --corpus")
+        return trainer, about["commands"]
     raise FileNotFoundError(f"{folder} holds no whole checkpoint: give the folder that `train` printed, or start anew")
 
 
@@ -179,7 +185,8 @@ def download(args: argparse.Namespace) -> None:
     except (ConnectionError, ValueError) as error:
         if not args.if_online:
             raise
-        print(f"going on with playhouse: {error}")
+        reason = "no network" if isinstance(error, ConnectionError) else "it arrived damaged"
+        print(f"Shakespeare could not be fetched ({reason}), so the notebooks will learn from playhouse")
 
 
 def run_notebooks(args: argparse.Namespace) -> None:

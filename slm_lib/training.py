@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -100,12 +100,13 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=True)
+    fused = _device_of(model).type in ("cpu", "cuda")  # one kernel for all weights; older PyTorch has none for MPS
+    return torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=fused)
 
 
-def _autocast(device: torch.device) -> torch.autocast:
+def _autocast(device: torch.device) -> AbstractContextManager:
     """bfloat16 for the matrix products on CUDA; everything else stays float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 def _device_of(model: nn.Module) -> torch.device:

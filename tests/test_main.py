@@ -51,6 +51,13 @@ def test_ctrl_c_saves_and_resume_finishes(place):
     assert (place / "out" / "model" / "model.safetensors").exists()
 
 
+def test_a_run_is_not_resumed_on_another_text(place):
+    assert command(place, "train", *TINY, "--max-iters", "4", "--eval-interval", "2").returncode == 0
+    (place / "other.txt").write_text((place / "mine.txt").read_text() + "Now is the summer")
+    failed = command(place, "train", "--resume", "out", "--corpus", "other.txt")
+    assert failed.returncode != 0 and "was trained on mine, not on other" in failed.stderr
+
+
 @pytest.mark.parametrize("words, told", [
     (["train", *TINY, "--n-embd", "15"], "n_embd 15 is not divisible by n_head 2"),
     (["train", *TINY, "--learning-rate", "-1"], "learning_rate -1.0"),
