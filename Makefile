@@ -57,7 +57,8 @@ ready: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo '$(PYTHON) is not Python 3.11 or newer: name one, as in `make lab PYTHON=python3.12`'; exit 1; }
 	@test -x .venv/bin/python || echo 'setting up .venv, once (a few minutes; torch is the large part)'
-	@test -x .venv/bin/python || $(PYTHON) -m venv --upgrade-deps .venv
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install -q --disable-pip-version-check 'pip>=24.1'  # older ones cannot tell their progress
 	@$(call install,-r $(REQUIREMENTS))
 	@.venv/bin/python -m slm_lib download --if-online
 	@touch $@
