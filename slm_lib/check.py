@@ -17,7 +17,8 @@ from torch import Tensor
 from slm_lib.ngrams import loss_units
 
 ATOL, RTOL = 1e-10, 1e-12  # in float64 a right answer is off by about 1e-15, a wrong epsilon by far more than this
-LADDER = Path(__file__).parents[1] / "results" / "ladder.json"
+RESULTS = Path(__file__).parents[1] / "results"
+LADDER = RESULTS / "ladder.json"
 
 
 # --- proofs -----------------------------------------------------------------------------------------------------------
@@ -230,6 +231,23 @@ def _imports(text: str) -> str:
     plain = "\n".join("pass" if line.startswith(("%", "!")) else line for line in text.split("\n"))
     kept = [node for node in ast.parse(plain).body if isinstance(node, ast.Import | ast.ImportFrom)]
     return "\n".join(map(ast.unparse, kept))
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def result(name: str, folder: str | os.PathLike = RESULTS) -> dict[str, Any]:
+    """What a program in benchmarks/ measured once and stored in results/<name>; prints the command that made it.
+
+    Raises FileNotFoundError for a result that is not there.
+    """
+    path = Path(folder) / name / "result.json"
+    if not path.is_file():
+        there = ", ".join(sorted(p.parent.name for p in Path(folder).glob("*/result.json"))) or "none"
+        raise FileNotFoundError(f"there is no result {name!r}: these are stored: {there}")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    print(f"measured by `{found['command']}` on {found['machine']['cores']} cores: {len(found['rows'])} rows")
+    return found
 
 
 # --- the ladder -------------------------------------------------------------------------------------------------------

@@ -227,3 +227,13 @@ def test_wrong_answers_to_an_exercise_are_told_from_right_ones(tmp_path):
     lesson(tmp_path / "solutions", ("def my_double(x):\n    return x * x", []))
     with pytest.raises(AssertionError):
         assert_graded("lesson", {"my_double": [halve, triple]}, tmp_path)
+
+
+def test_a_stored_result_names_its_command(tmp_path, capsys):
+    (tmp_path / "speed").mkdir()
+    stored = {"command": "python benchmarks/speed.py", "machine": {"cores": 2}, "rows": [{"seed": 0, "loss": 2.0}]}
+    (tmp_path / "speed" / "result.json").write_text(json.dumps(stored))
+    assert check.result("speed", tmp_path) == stored
+    assert "`python benchmarks/speed.py`" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="no result 'size': these are stored: speed"):
+        check.result("size", tmp_path)
