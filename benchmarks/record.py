@@ -23,7 +23,7 @@ def save(name: str, config: dict, rows: list[dict], **facts) -> Path:
     """
     folder = ROOT / "results" / name
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"command": command(), "commit": commit(), "date": time.strftime("%Y-%m-%d"), "machine": machine()}
+    found = {"command": command(), "commit": COMMIT, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
     text = json.dumps({**found, "config": config, **facts, "rows": rows}, indent=1, ensure_ascii=False)
     unfinished = folder / ".result.unfinished"
     unfinished.write_text(text + "\n", encoding="utf-8")
@@ -50,6 +50,9 @@ def commit() -> str:
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "slm_lib", "benchmarks")
     return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+
+
+COMMIT = commit()  # of the code that was loaded, whatever is committed while it runs
 
 
 def machine() -> dict:
