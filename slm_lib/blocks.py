@@ -82,6 +82,11 @@ class GPTConfig:
             raise ValueError(f"about {rough:.0e} parameters fit on no machine here: lower n_layer or n_embd")
 
 
+def _hidden(n_embd: int, activation: str) -> int:
+    """The hidden width of an MLP."""
+    return 8 * n_embd // 3 if activation == "swiglu" else 4 * n_embd
+
+
 class MLP(nn.Module):
     """Two matrices with an activation between them, at each position by itself: x (B, T, C) to (B, T, C).
 
@@ -90,8 +95,7 @@ class MLP(nn.Module):
 
     def __init__(self, n_embd: int, activation: str, bias: bool = True, dropout: float = 0.0):
         super().__init__()
-        self.gated = activation == "swiglu"
-        hidden = 8 * n_embd // 3 if self.gated else 4 * n_embd
+        self.gated, hidden = activation == "swiglu", _hidden(n_embd, activation)
         self.up = nn.Linear(n_embd, 2 * hidden if self.gated else hidden, bias=bias)
         self.down = nn.Linear(hidden, n_embd, bias=bias)
         self.activation, self.dropout = ACTIVATIONS[activation], nn.Dropout(dropout)
@@ -174,3 +178,52 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))  # (B, T, C) @ (C, V) = (B, T, V)
+
+
+def count_parameters(config: GPTConfig) -> dict[str, int]:
+    """Where the parameters of a GPT sit: part to how many; a tied head counts as 0, so the sum is `n_parameters`.
+
+    >>> count_parameters(GPTConfig.gpt2(vocab_size=65, block_size=64, n_layer=2, n_head=4, n_embd=64))["mlp"]
+    66176
+    """
+    c, C, hidden = config, config.n_embd, _hidden(config.n_embd, config.activation)
+    up = 2 * hidden if c.activation == "swiglu" else hidden
+    return {
+        "token embedding": c.vocab_size * C,
+        "positions": c.block_size * C if c.position == "learned" else 0,
+        "attention": c.n_layer * (4 * C * C + c.bias * 4 * C),  # C to 3C, and C to C
+        "mlp": c.n_layer * ((up + hidden) * C + c.bias * (up + C)),
+        "norms": (2 * c.n_layer + 1) * C * (2 if c.norm == "layer" and c.bias else 1),
+        "head": 0 if c.tie_weights else c.vocab_size * C,
+    }
+
+
+def count_flops(config: GPTConfig, length: int | None = None) -> dict[str, int]:
+    """Floating-point operations of a forward pass for each token of a context of `length` (block_size by default).
+
+    Only matrix products count, 2 for each multiply-and-add, as PaLM does (Chowdhery et al., 2022, appendix B); the
+    masked half of the scores counts too. A backward pass costs twice as much again.
+    """
+    c, C, T = config, config.n_embd, length or config.block_size
+    matrices = 3 if c.activation == "swiglu" else 2
+    return {
+        "projections": c.n_layer * 2 * 4 * C * C,
+        "looking back": c.n_layer * 2 * 2 * T * C,  # query by key, and weights by value
+        "mlp": c.n_layer * 2 * matrices * _hidden(C, c.activation) * C,
+        "head": 2 * c.vocab_size * C,
+    }
+
+
+def count_memory(config: GPTConfig, batch_size: int, length: int | None = None) -> dict[str, int]:
+    """Bytes that training in float32 with Adam keeps, for a batch of contexts of `length` (block_size by default).
+
+    The first three are exact. Activations, what the forward pass keeps for the backward one, are an estimate: right
+    for LayerNorm with fused attention and no dropout, too low by up to half for designs that normalise more.
+    """
+    c, C, tokens = config, config.n_embd, batch_size * (length or config.block_size)
+    weights = 4 * sum(count_parameters(c).values())
+    kept = (4 if c.activation == "swiglu" else 2) * _hidden(C, c.activation)  # what goes into and out of the activation
+    # a block keeps what enters its two norms, qkv (C) and its output (3C), the output layer (C) and the MLP (C); then
+    # for each norm a mean and a deviation, for each head the logarithm of a softmax's sum
+    floats = c.n_layer * (8 * C + kept + c.n_head + 4) + 2 * C + 2 + c.vocab_size
+    return {"weights": weights, "gradients": weights, "Adam's moments": 2 * weights, "activations": 4 * tokens * floats}
