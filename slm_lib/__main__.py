@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from slm_lib import checkpoints, data, generation, training
+from slm_lib import checkpoints, data, generation, tokens, training
 from slm_lib.blocks import GPT, GPTConfig
 from slm_lib.ngrams import loss_units
 
 RUNS = Path("runs")
 SIZES = {
-    "block_size": "how many characters the model sees at once",
+    "block_size": "how many tokens (by default characters) the model sees at once",
     "n_layer": "how many blocks are stacked",
     "n_head": "how many heads of attention share n_embd",
     "n_embd": "how many numbers describe one position",
@@ -46,6 +46,7 @@ def add_train(commands) -> None:
     parser.add_argument("--out", type=Path, help="where checkpoints and model go; by default a new folder in runs/")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on from the newest checkpoint in FOLDER")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default): the best one found")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="learn N byte-pair tokens (default: characters)")
     parser.add_argument("--design", default="modern", choices=["modern", "gpt2"], help="the model's design")
     preset = training.PRESETS["shakespeare-cpu"]
     defaults = {"dropout": 0.0, **preset.sizes, **dataclasses.asdict(preset.training)}
@@ -58,18 +59,16 @@ def train(args: argparse.Namespace) -> None:
     """Train, with checkpoints on the way, and end with the loss on the whole validation text and a sample."""
     device = training.choose_device(args.device)
     corpus = data.load_corpus(args.corpus or training.PRESETS[args.preset].corpus)
-    tokenizer = data.CharTokenizer(corpus.symbols)
-    train_ids, val_ids = (tokenizer.encode(text) for text in data.split(corpus))
     if args.resume:
         folder = args.resume
-        trainer, commands = _resume(folder, corpus, train_ids, device)
+        trainer, tokenizer, commands = _resume(folder, corpus, device)
     else:
         folder = args.out or _new_folder(RUNS / args.preset)
-        trainer, commands = _start(args, tokenizer, train_ids, device), []
+        trainer, tokenizer, commands = *_start(args, corpus, device), []
     commands.append(" ".join(["python -m slm_lib", *sys.argv[1:]]))
     model, config = trainer.model, trainer.config
-    print(f"model: {model.n_parameters:,} parameters on {device}; {config.max_iters:,} steps of {config.batch_size} x "
-          f"{trainer.block_size} characters; checkpoints in {folder}")
+    print(f"model: {model.n_parameters:,} parameters, a vocabulary of {tokenizer.vocab_size:,}, on {device}; "
+          f"{config.max_iters:,} steps of {config.batch_size} x {trainer.block_size} tokens; checkpoints in {folder}")
 
     def keep_checkpoint(trainer: training.Trainer) -> None:
         if trainer.step and not (folder / f"step-{trainer.step:06d}").exists():
@@ -87,16 +86,29 @@ def train(args: argparse.Namespace) -> None:
         print(f"stopped after step {trainer.step:,}, and saved: python -m slm_lib train --resume {folder}")
         return
     model.half().float()  # the model is kept in half precision, so its loss is measured after that rounding
-    loss = training.evaluate(model, val_ids)
-    about = {"commands": commands, **provenance(trainer, corpus, loss)}
+    loss, chars_per_token = _validation_loss(model, tokenizer, corpus)
+    about = {"commands": commands, **provenance(trainer, corpus, loss, chars_per_token)}
     saved = checkpoints.save_model(folder / "model", model, tokenizer, about, torch.float16)
-    print(f"trained for {history.seconds:.0f} s; loss on the whole validation text of {corpus.name}: {loss_units(loss)}"
-          + (f"; floor {corpus.floor:.4f}" if corpus.floor else ""))
+    floor = f"; floor {corpus.floor:.4f} nats per character" if corpus.floor else ""
+    print(f"trained for {history.seconds:.0f} s; loss on the whole validation text of {corpus.name}: "
+          f"{loss_units(loss, chars_per_token)}{floor}")
     print(f"saved: {saved}   (python -m slm_lib generate --model {saved})\n")
     print(generation.generate(model, tokenizer, "\n", 400))
 
 
-def _start(args: argparse.Namespace, tokenizer: data.CharTokenizer, ids: torch.Tensor, device) -> training.Trainer:
+def _validation_loss(model: GPT, tokenizer: tokens.Tokenizer, corpus: data.Corpus, block_size=None):
+    """The loss on the whole validation text, in nats per token, and how many characters a token of it holds."""
+    _, text = data.split(corpus)
+    ids = tokenizer.encode(text)
+    return training.evaluate(model, ids, block_size, tokens.start_id(tokenizer)), len(text) / len(ids)
+
+
+def _start(args: argparse.Namespace, corpus: data.Corpus, device) -> tuple[training.Trainer, tokens.Tokenizer]:
+    text, _ = data.split(corpus)
+    if args.vocab_size is None:
+        tokenizer = data.CharTokenizer(corpus.symbols)
+    else:
+        tokenizer = tokens.BytePairTokenizer.train(text, args.vocab_size)
     preset = training.PRESETS[args.preset]
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     changed = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
@@ -104,22 +116,24 @@ def _start(args: argparse.Namespace, tokenizer: data.CharTokenizer, ids: torch.T
     torch.manual_seed(config.seed)
     design = getattr(GPTConfig, args.design)
     model = GPT(design(vocab_size=tokenizer.vocab_size, **{**preset.sizes, **sizes})).to(device)
-    return training.Trainer(model, ids, config)
+    return training.Trainer(model, tokenizer.encode(text), config), tokenizer
 
 
-def _resume(folder: Path, corpus: data.Corpus, ids: torch.Tensor, device) -> tuple[training.Trainer, list[str]]:
-    """The trainer of the newest whole checkpoint in `folder`, and the commands that led to it."""
+def _resume(folder: Path, corpus: data.Corpus, device) -> tuple[training.Trainer, tokens.Tokenizer, list[str]]:
+    """The trainer of the newest whole checkpoint in `folder`, its tokenizer, and the commands that led to it."""
+    text, _ = data.split(corpus)
     for checkpoint in sorted(folder.glob("step-*"), reverse=True):
         try:
-            trainer = training.Trainer.resume(checkpoint, ids, device)
+            _, tokenizer, about = checkpoints.load_model(checkpoint)
+            same_text = about["corpus"]["sha256"] == corpus.sha256
+            trainer = training.Trainer.resume(checkpoint, tokenizer.encode(text), device) if same_text else None
         except (ValueError, FileNotFoundError) as error:
             print(f"passed over: {error}", file=sys.stderr)
             continue
-        about = checkpoints.load_model(checkpoint)[2]
-        if about["corpus"]["sha256"] != corpus.sha256:
+        if trainer is None:
             name = about["corpus"]["name"]
             raise ValueError(f"{checkpoint} was trained on {name}, not on {corpus.name}: name it with --corpus")
-        return trainer, about["commands"]
+        return trainer, tokenizer, about["commands"]
     raise FileNotFoundError(f"{folder} holds no whole checkpoint: give the folder that `train` printed, or start anew")
 
 
@@ -128,7 +142,7 @@ def _new_folder(wanted: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def provenance(trainer: training.Trainer, corpus: data.Corpus, loss: float) -> dict:
+def provenance(trainer: training.Trainer, corpus: data.Corpus, loss: float, chars_per_token: float) -> dict:
     """Where a model comes from: code, data, settings, machine and result."""
     losses = trainer.history.losses
     return {
@@ -139,7 +153,8 @@ def provenance(trainer: training.Trainer, corpus: data.Corpus, loss: float) -> d
         "tokens_seen": trainer.step * trainer.config.batch_size * trainer.block_size,
         "seconds": round(trainer.history.seconds, 1),
         "validation_loss": loss,
-        "validation": "every character once, disjoint windows of block_size, nats per character",
+        "validation": "every token once, disjoint windows of block_size, nats per token",
+        "chars_per_token": chars_per_token,
         "training_loss_every_10_steps": [round(sum(part) / len(part), 4) for i in range(0, len(losses), 10)
                                          if (part := losses[i : i + 10])],
         "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(),
@@ -161,9 +176,9 @@ def evaluate(args: argparse.Namespace) -> None:
     """Print the loss of a stored model on the whole validation text of a corpus."""
     model, tokenizer, _ = checkpoints.load_model(args.model, training.choose_device(args.device))
     corpus = data.load_corpus(args.corpus)
-    _, validation = data.split(corpus)
-    loss = training.evaluate(model, tokenizer.encode(validation), args.block_size)
-    print(f"{args.model} on the {len(validation):,} validation characters of {corpus.name}: {loss_units(loss)}")
+    units = loss_units(*_validation_loss(model, tokenizer, corpus, args.block_size))
+    length = len(corpus.text) - corpus.split_at
+    print(f"{args.model} on the {length:,} validation characters of {corpus.name}: {units}")
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -217,9 +232,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(call=generate)
     command.add_argument("--model", type=Path, default=newest, help=f"a model's folder (default {newest})")
     command.add_argument("--prompt", default="\n", help="what the model continues")
-    command.add_argument("--length", type=int, default=400, help="how many characters to write (default 400)")
+    command.add_argument("--length", type=int, default=400, help="how many tokens to write (default 400)")
     command.add_argument("--temperature", type=float, default=0.8, help="0 the likeliest, 1 as trained (default 0.8)")
-    command.add_argument("--top-k", type=int, help="draw only from the k likeliest characters")
+    command.add_argument("--top-k", type=int, help="draw only from the k likeliest tokens")
     command.add_argument("--seed", type=int, help="the same seed writes the same text; none: always another")
     command.add_argument("--device", default="cpu", help="cpu (default), cuda, mps or auto")
     command = commands.add_parser("download", help="fetch tiny Shakespeare into your cache, once")

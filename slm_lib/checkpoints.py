@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from slm_lib.blocks import GPT, GPTConfig
-from slm_lib.data import CharTokenizer
+from slm_lib.tokens import Tokenizer, tokenizer_from_json
 
 MANIFEST = "manifest.json"
 
@@ -70,7 +70,7 @@ def verify(folder: str | os.PathLike) -> dict[str, bytes]:
 def save_model(
     folder: str | os.PathLike,
     model: GPT,
-    tokenizer: CharTokenizer,
+    tokenizer: Tokenizer,
     provenance: dict,
     dtype: torch.dtype | None = None,
     extra: dict[str, bytes] | None = None,
@@ -86,7 +86,7 @@ def save_model(
     return publish(folder, {**files, **(extra or {})})
 
 
-def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[GPT, CharTokenizer, dict]:
+def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
     """Return the model (float32, evaluation mode), its tokenizer and its provenance from a folder of `save_model`.
 
     Raises FileNotFoundError or ValueError with a sentence for a folder that is damaged, incomplete or something else.
@@ -96,7 +96,7 @@ def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") ->
         model = GPT(GPTConfig(**json.loads(files["config.json"])))
         weights = safetensors.torch.load(files["model.safetensors"])
         model.load_state_dict({**weights, **_tied(model, weights)})
-        tokenizer = CharTokenizer.from_json(files["tokenizer.json"].decode())
+        tokenizer = tokenizer_from_json(files["tokenizer.json"].decode())
         provenance = json.loads(files["provenance.json"])
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from slm_lib.data import CharTokenizer
+from slm_lib.tokens import Tokenizer, decode_stream
 
 
 def next_probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
@@ -27,7 +27,7 @@ def next_probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | No
 
 def stream(
     model: nn.Module,
-    tokenizer: CharTokenizer,
+    tokenizer: Tokenizer,
     prompt: str = "\n",
     length: int = 200,
     temperature: float = 0.8,
@@ -36,8 +36,9 @@ def stream(
 ) -> Iterator[str]:
     """Continue `prompt`, one token after the other, and yield each as text as soon as it is drawn.
 
-    The model sees the last block_size tokens. A seed gives the same text again; None gives another one each time.
-    Raises ValueError for a prompt with symbols that the vocabulary lacks.
+    The model sees the last block_size tokens. A token that ends inside a character waits for the rest of it. A seed
+    gives the same text again; None gives another one each time. Raises ValueError for a prompt with symbols that the
+    vocabulary lacks.
     """
     ids = tokenizer.encode(prompt or "\n")[None]  # (1, T)
     generator = torch.Generator()
@@ -45,6 +46,13 @@ def stream(
         generator.seed()
     else:
         generator.manual_seed(seed)
+    yield from decode_stream(tokenizer, _draw(model, ids, length, temperature, top_k, generator))
+
+
+def _draw(
+    model: nn.Module, ids: Tensor, length: int, temperature: float, top_k: int | None, generator: torch.Generator
+) -> Iterator[int]:
+    """Draw `length` ids after ids (1, T), one by one."""
     device = next(model.parameters()).device
     model.eval()
     for _ in range(length):
@@ -52,12 +60,12 @@ def stream(
             logits = model(ids[:, -model.config.block_size :].to(device))[0, -1].cpu()  # (V,)
         drawn = torch.multinomial(next_probabilities(logits, temperature, top_k), 1, generator=generator)
         ids = torch.cat([ids, drawn[None]], dim=1)
-        yield tokenizer.decode(drawn)
+        yield drawn.item()
 
 
 def generate(
     model: nn.Module,
-    tokenizer: CharTokenizer,
+    tokenizer: Tokenizer,
     prompt: str = "\n",
     length: int = 200,
     temperature: float = 0.8,

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from slm_lib import checkpoints
 from slm_lib.blocks import GPTConfig
-from slm_lib.data import CharTokenizer, draw_batch
+from slm_lib.data import draw_batch
+from slm_lib.tokens import Tokenizer
 
 TOKENS_AT_ONCE = 16_384  # how many positions evaluation looks at in one forward pass
 
@@ -214,7 +215,7 @@ class Trainer:
         self.model.eval()
         return self.history
 
-    def save(self, folder: str | os.PathLike, tokenizer: CharTokenizer, provenance: dict | None = None) -> Path:
+    def save(self, folder: str | os.PathLike, tokenizer: Tokenizer, provenance: dict | None = None) -> Path:
         """Publish a checkpoint as a new folder: the model, and all that `resume` needs to go on as if not stopped."""
         generators = {"batches": self.generator.get_state(), "torch": torch.get_rng_state()}
         if self.device.type == "cuda":

@@ -11,6 +11,7 @@ import torch
 from slm_lib import checkpoints
 from slm_lib.blocks import GPT, GPTConfig
 from slm_lib.data import CharTokenizer
+from slm_lib.tokens import BytePairTokenizer
 
 TOKENIZER = CharTokenizer("\nabc")
 SIZES = {"vocab_size": 4, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 8}
@@ -34,6 +35,22 @@ def test_a_model_comes_back_as_it_was(tmp_path, design, dtype, tolerance):
     torch.testing.assert_close(again(ids), model(ids), atol=tolerance, rtol=tolerance)
     assert again.config == model.config and tokenizer.symbols == TOKENIZER.symbols and provenance == {"why": "test"}
     assert (again.head.weight is again.embedding.token.weight) == model.config.tie_weights
+
+
+def test_a_model_keeps_its_byte_pairs(tmp_path):
+    tokenizer = BytePairTokenizer.train("to be or not to be", 262, special=["<|end|>"])
+    model = GPT(GPTConfig.gpt2(**{**SIZES, "vocab_size": 262}))
+    _, again, _ = checkpoints.load_model(checkpoints.save_model(tmp_path / "m", model, tokenizer, {}))
+    assert (again.merges, again.special) == (tokenizer.merges, tokenizer.special)
+
+
+def test_a_tokenizer_of_another_version_is_refused_by_name(tmp_path, saved):
+    files = checkpoints.verify(saved)
+    others = [b"{}", b"[]", b"\xff", b'{"kind": "byte pairs", "version": 2, "merges": [], "special": []}']
+    for i, stored in enumerate(others):
+        folder = checkpoints.publish(tmp_path / f"m{i}", {**files, "tokenizer.json": stored})
+        with pytest.raises(ValueError, match=f"{folder.name} is not a model of this version"):
+            checkpoints.load_model(folder)
 
 
 def test_one_flipped_bit_in_any_file_is_found(saved):

@@ -6,6 +6,7 @@ import torch
 from slm_lib.blocks import GPT, GPTConfig
 from slm_lib.data import CharTokenizer
 from slm_lib.generation import generate, next_probabilities, stream
+from slm_lib.tokens import BytePairTokenizer
 
 TOKENIZER = CharTokenizer("\nabc")
 
@@ -49,6 +50,21 @@ def test_writing_goes_on_past_block_size_and_sees_the_last_block(model):
 def test_streaming_yields_as_it_draws(model):
     pieces = stream(model, TOKENIZER, "", 10**9)
     assert len(next(pieces)) == 1 and next(pieces) in TOKENIZER.symbols
+
+
+def test_streaming_never_breaks_a_character():
+    tokenizer = BytePairTokenizer([])  # bytes alone: the snowman needs three of them
+
+    class Snow(torch.nn.Linear):  # writes "\u2603!" for ever, byte by byte
+        config = GPTConfig.gpt2(vocab_size=256, block_size=8, n_layer=1, n_head=1, n_embd=8)
+
+        def forward(self, ids):
+            written = tokenizer.encode("\u2603!")
+            place = (written == ids[0, -1]).nonzero().item()
+            return 99.0 * torch.nn.functional.one_hot(written[(place + 1) % 4], 256)[None, None]
+
+    assert list(stream(Snow(1, 1), tokenizer, "!", 8)) == ["\u2603", "!", "\u2603", "!"]
+    assert generate(Snow(1, 1), tokenizer, "!", 6) == "\u2603!\ufffd"  # it had to stop within a character
 
 
 @pytest.mark.parametrize("options, words", [

@@ -1,5 +1,6 @@
 """The command line as a newcomer types it, in a process of its own."""
 
+import math
 import os
 import signal
 import subprocess
@@ -35,6 +36,19 @@ def test_train_evaluate_generate(place):
     assert written.stdout.startswith("Now") and len(written.stdout) == 44
 
 
+def test_byte_pairs_are_learned_kept_and_resumed(place):
+    trained = command(place, "train", *TINY, "--vocab-size", "270", "--max-iters", "20", "--eval-interval", "10")
+    assert trained.returncode == 0 and "a vocabulary of 270" in trained.stdout, trained.stderr
+    told = command(place, "evaluate", "--model", "out/model", "--corpus", "mine.txt").stdout.rsplit(": ", 1)[1].strip()
+    nats, bits = float(told.split()[0]), float(told.split("· ")[1].split()[0])
+    assert told in trained.stdout and bits < 0.95 * nats / math.log(2)  # a token holds more than one character
+    (place / "out" / "model").rename(place / "first")
+    resumed = command(place, "train", "--corpus", "mine.txt", "--resume", "out", "--device", "cpu")
+    assert told in resumed.stdout, resumed.stderr
+    written = command(place, "generate", "--model", "first", "--prompt", "Now \u263a", "--length", "9", "--seed", "1")
+    assert written.stdout.startswith("Now \u263a") and written.returncode == 0
+
+
 def test_ctrl_c_saves_and_resume_finishes(place):
     running = subprocess.Popen([sys.executable, "-m", "slm_lib", "train", *TINY, "--max-iters", "400"], cwd=place,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -60,6 +74,7 @@ def test_a_run_is_not_resumed_on_another_text(place):
 
 @pytest.mark.parametrize("words, told", [
     (["train", *TINY, "--n-embd", "15"], "n_embd 15 is not divisible by n_head 2"),
+    (["train", *TINY, "--vocab-size", "255"], "vocab_size 255 has no room for the 256 bytes"),
     (["train", *TINY, "--learning-rate", "-1"], "learning_rate -1.0"),
     (["train", *TINY, "--block-size", "100000"], "block_size 100000 does not fit into a text"),
     (["train", "--corpus", "missing.txt"], "missing.txt"),
