@@ -4,8 +4,8 @@
 side (positive pointwise mutual information), factorised. "trained" vectors are the token table of
 models/shakespeare-cpu. Each is also tried with its rows shuffled: the same numbers, given to the wrong characters.
 Within a deviation all tables have as many columns as the model, so that content alone is compared: first 0.02, with
-which this project's models begin, then 0.15, about that of the trained table. Within a seed all else is equal: the other
-weights, and the batches. It takes seven minutes.
+which this project's models begin, then 0.15, about that of the trained table. Within a seed all else is equal: the
+other weights, and the batches. It takes seven minutes.
 """
 
 from itertools import product
