@@ -1,5 +1,6 @@
 """Each position looks back at the ones before it and takes what it needs: causal self-attention with several heads."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,6 +33,25 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
+        query, key, value = self._queries_keys_values(x)
+        dropout = self.dropout if self.training else 0.0
+        # softmax(query @ key.T / sqrt(D)) @ value, the future masked: (B, H, T, T) @ (B, H, T, D) = (B, H, T, D)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
+        return self.output(mixed.transpose(1, 2).reshape(B, T, C))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """How much each position (the third axis) takes from each (the last): x (B, T, C) to (B, H, T, T), no dropout.
+
+        `forward` mixes the values with these and never writes them down; this is the slow way, made to be looked at.
+        """
+        query, key, _ = self._queries_keys_values(x)
+        scores = query @ key.transpose(2, 3) * self.head_size**-0.5  # (B, H, T, D) @ (B, H, D, T) = (B, H, T, T)
+        future = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
+        return scores.masked_fill(future, -torch.inf).softmax(-1)
+
+    def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) to three tensors (B, H, T, D), queries and keys normalised and turned where that is chosen."""
+        B, T, C = x.shape
         # (B, T, C) @ (C, 3C) = (B, T, 3C), cut into three tensors (B, H, T, D)
         query, key, value = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)
         if self.qk_norm:
@@ -39,7 +59,4 @@ class CausalSelfAttention(nn.Module):
         if self.rotary:
             cosine, sine = rotary_table(T, self.head_size, x.dtype, x.device)
             query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
-        dropout = self.dropout if self.training else 0.0
-        # softmax(query @ key.T / sqrt(D)) @ value, the future masked: (B, H, T, T) @ (B, H, T, D) = (B, H, T, D)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
-        return self.output(mixed.transpose(1, 2).reshape(B, T, C))
+        return query, key, value
