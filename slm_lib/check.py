@@ -137,11 +137,16 @@ def claim(text: str, value: Any, low: float = -math.inf, high: float = math.inf)
         assert bool(value), f"the claim does not hold: {text}"
         print(f"claim: {text}")
         return
-    least, most = f"at least {low:g}", f"at most {high:g}"
+    least, most = f"at least {_bound(low)}", f"at most {_bound(high)}"
     bounds = f"{least}, {most}" if math.isfinite(low) and math.isfinite(high) else least if math.isfinite(low) else most
-    bounds = f"equal to {low:g}" if low == high else bounds
+    bounds = f"equal to {_bound(low)}" if low == high else bounds
     assert low <= float(value) <= high, f"the claim does not hold: {text}: {float(value):.6g} is not {bounds}"
     print(f"claim: {text} ({bounds})")
+
+
+def _bound(value: float) -> str:
+    """A bound to six digits, but whole millions in full."""
+    return f"{value:,.0f}" if 1e6 <= abs(value) < 1e15 and value == int(value) else f"{value:g}"
 
 
 @dataclasses.dataclass

@@ -237,3 +237,11 @@ def test_a_stored_result_names_its_command(tmp_path, capsys):
     assert "`python benchmarks/speed.py`" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="no result 'size': these are stored: speed"):
         check.result("size", tmp_path)
+
+
+def test_a_large_count_is_printed_in_full(capsys):
+    check.claim("parameters", 124_439_808, 124_439_808, 124_439_808)
+    check.claim("small", 0.5, low=0.25, high=1e6)
+    large, small = capsys.readouterr().out.splitlines()
+    assert large == "claim: parameters (equal to 124,439,808)"
+    assert small == "claim: small (at least 0.25, at most 1,000,000)"
