@@ -53,9 +53,11 @@ def test_ctrl_c_saves_and_resume_finishes(place):
     running = subprocess.Popen([sys.executable, "-m", "slm_lib", "train", *TINY, "--max-iters", "400"], cwd=place,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    while "model:" not in running.stdout.readline():
-        assert running.poll() is None
-    time.sleep(1)
+    seen = ""
+    while "/400" not in seen:  # the progress bar is there, so an interrupt is expected
+        seen += running.stderr.read(1)
+        assert running.poll() is None, seen
+    time.sleep(0.5)
     running.send_signal(signal.SIGINT)
     output, _ = running.communicate(timeout=60)
     if "stopped after step" in output:  # else it was quicker than the signal, and has finished
