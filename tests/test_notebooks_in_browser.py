@@ -200,10 +200,20 @@ def test_welcome_writes_anew_when_the_temperature_slider_moves(tmp_path):
         panel.area.get_by_text("lacks").wait_for(timeout=10_000)
 
 
-def test_a_panel_in_ngrams_redraws_when_its_slider_moves(tmp_path):
-    with lab_notebook(lesson("ngrams"), tmp_path) as lab:
+PANELS = {
+    "ngrams": "widgets.Panel(write_at",
+    "tokens": "widgets.Panel(draw_own",
+    "embeddings": "widgets.Panel(hands",
+    "attention": "widgets.Panel(draw_head",
+    "blocks": "draw_parts, n_layer=widgets",
+}
+
+
+@pytest.mark.parametrize("noun", PANELS)
+def test_a_panel_of_the_lesson_redraws_when_its_slider_moves(noun, tmp_path):
+    with lab_notebook(lesson(noun), tmp_path) as lab:
         lab.run_all()
-        panel = lab.output("widgets.Panel(")
+        panel = lab.output(PANELS[noun])
         before, readout = panel.shown(), panel.readout()
         panel.press("ArrowLeft" if readout == panel_maximum(panel) else "ArrowRight")
         panel.wait_changed(before)
