@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slm_lib import widgets
-from slm_lib.blocks import GPT, GPTConfig
 from slm_lib.embeddings import POSITIONS, Embedding, rotary_table, rotate, sinusoidal_table
 
 CPU = torch.device("cpu")
@@ -231,16 +230,6 @@ def test_the_panel_of_hands_shows_that_only_the_distance_counts():
     assert panel.draw(**panel.values).axes[4].get_title(loc="left") != score
 
 
-def test_the_panel_of_parameters_counts_what_gpt_counts():
-    names = lesson_names("where_they_sit", "parts_by_hand")
-    panel = eval(panel_source("widgets.Panel(where_they_sit"), names)
-    shown = panel.image.value
-    panel.set(vocab_size=100, block_size=64, n_embd=32, n_layer=2)
-    assert panel.image.value != shown
-    config = GPTConfig.gpt2(vocab_size=100, block_size=64, n_embd=32, n_layer=2, n_head=2)
-    assert f"{GPT(config).n_parameters:,} parameters" in panel.draw(**panel.values).axes[0].get_title(loc="left")
-
-
 def test_the_film_moves_with_its_slider():
     torch.manual_seed(0)
     film = [torch.randn(6, 4, dtype=torch.float64) for _ in range(31)]
@@ -314,23 +303,6 @@ def places_without_those_not_reached(arriving, ids, vocab_size, block_size):
     return token, arriving.sum(0)
 
 
-def by_product(vectors, i, k):
-    return [j for j in (vectors @ vectors[i]).argsort(descending=True).tolist() if j != i][:k]
-
-
-def by_distance(vectors, i, k):
-    return [j for j in torch.cdist(vectors, vectors)[i].argsort().tolist() if j != i][:k]
-
-
-def itself_too(vectors, i, k):
-    return torch.nn.functional.cosine_similarity(vectors[i], vectors).argsort(descending=True).tolist()[:k]
-
-
-def farthest_first(vectors, i, k):
-    order = torch.nn.functional.cosine_similarity(vectors[i], vectors).argsort(descending=True).tolist()
-    return [j for j in order if j != i][:k][::-1]
-
-
 def purity(own, expect):
     def answer(vectors, labels):
         unit = torch.nn.functional.normalize(vectors, dim=1)
@@ -379,7 +351,6 @@ def stretched(x, cosine, sine):
 
 WRONG = {
     "my_gradients": [rows_kept_once, places_of_the_first_text, places_without_those_not_reached],
-    "my_neighbours": [by_product, by_distance, itself_too, farthest_first],
     "my_purity": [
         purity(True, exact),
         purity(False, lambda n: ((n / n.sum()) ** 2).sum().item()),
