@@ -47,7 +47,6 @@ UNPROVED = {
     "playhouse.Line": "a record: nothing is computed in it",
     "playhouse.Recall": "a record: nothing is computed in it",
     "playhouse.EntropyRate": "a record: nothing is computed in it",
-    "blocks.GPTConfig": "a record: nothing is computed in it",
     "ngrams.LossUnits": "a record, and loss_units, which fills it, is proved",
 }
 UNCOMPARED = {"nbval-ignore-output", "nbval-skip"}
