@@ -359,18 +359,29 @@ def panels():
     return found
 
 
+UNUSUAL = [
+    "aaaa aaaa", "🙂🙂🙂", "🙂" * 120, "é", "שלום \x00", "x" * 500, "$x$ costs $5 or $\\frac{$ $\\frac{$",
+    "नमस्ते नमस्ते", "สวัสดี", "日本語 日本語", " ", "\n\n\t", "\ufffd\ufeff",
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")  # such as a letter that the font does not have
 def test_the_readers_own_text_is_merged_step_by_step(panels):
     panel = panels["draw_own"]
     first = panel.image.value
     panel.set(merges=7)
     assert panel.image.value != first and not panel.status.value
-    for text in ("aaaa aaaa", "🙂🙂🙂", "é", "שלום \x00", "x" * 500):
-        panel.set(text=text, words=True, merges=30)
-        assert not panel.status.value
+    for text in UNUSUAL:
+        for words in (True, False):
+            panel.set(text=text, words=words, merges=30)
+            assert not panel.status.value
+            panel.set(text="\ud83d!")
+            assert "half of a surrogate pair" in panel.status.value
     panel.set(text="")
     assert panel.text == "Write something."
 
 
+@pytest.mark.filterwarnings("error")
 def test_the_size_of_the_vocabulary_turns(panels):
     panel = panels["draw_size"]
     first = panel.image.value
@@ -378,6 +389,22 @@ def test_the_size_of_the_vocabulary_turns(panels):
     none = panel.image.value
     panel.set(text="THE number 2026 ☃", merges=1024)
     assert len({first, none, panel.image.value}) == 3 and not panel.status.value
+    for text in UNUSUAL:
+        for merges in (0, 3840):
+            panel.set(text=text, merges=merges)
+            assert not panel.status.value
+    panel.set(text="a\udc00")
+    assert "half of a surrogate pair" in panel.status.value
+    panel.set(text="")
+    assert panel.text == "Write something."
+
+
+def test_no_piece_is_read_as_mathematics_or_runs_off_its_box(panels):
+    draw = panels["draw_own"].draw
+    labels = list(draw("$x^2$ $x^2$", 30, False).axes[0].texts)
+    assert labels and not any(label.get_parse_math() for label in labels)
+    for text in ("a" * 120, "🙂" * 120):
+        assert max(len(label.get_text()) for label in draw(text, 30, False).axes[0].texts) <= 30
 
 
 def test_the_library_is_timed_when_asked(panels):
