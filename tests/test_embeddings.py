@@ -233,7 +233,7 @@ def test_the_panel_of_hands_shows_that_only_the_distance_counts():
 def test_the_film_moves_with_its_slider():
     torch.manual_seed(0)
     film = [torch.randn(6, 4, dtype=torch.float64) for _ in range(31)]
-    names = lesson_names("frame", "constellation", "principal_by_hand")
+    names = lesson_names("frame", "constellation", "write_names", "principal_by_hand")
     names |= {"traces": [(None, {"entrance": film, "exit": film[::-1]}, [])], "often_ids": torch.arange(5)}
     names |= {"often": list("aeTx\n"), "often_kinds": ["vowel", "vowel", "capital", "consonant", "mark"]}
     names |= {"frames": range(0, 301, 10), "rising": dict.fromkeys(("entrance", "exit"), torch.rand(1, 31))}
