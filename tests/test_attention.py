@@ -309,7 +309,8 @@ def tries_one_token(model, vocab_size, T):
 
 def attends(query, key, value, scale=None, ahead=0, axis=-1, mask_last=False):
     scale = scale or query.shape[-1] ** -0.5
-    future = torch.ones(query.shape[-2], query.shape[-2]).triu(1 + ahead).bool()
+    asking, places = query.shape[-2], key.shape[-2]
+    future = torch.ones(asking, places).triu(1 + ahead + places - asking).bool()
     scores = query @ key.transpose(-2, -1) * scale
     if mask_last:
         return torch.softmax(scores, axis).masked_fill(future, 0) @ value
@@ -326,6 +327,10 @@ def scaled_by_d(query, key, value):
 
 def off_by_one(query, key, value):
     return attends(query, key, value, ahead=1)
+
+
+def takes_them_for_the_first(query, key, value):
+    return attends(query, key, value, ahead=query.shape[-2] - key.shape[-2])
 
 
 def over_the_queries(query, key, value):
@@ -376,7 +381,10 @@ def test_the_exercises():
         {
             "my_window": [divides_by_the_width, one_row_too_many, leaves_itself_out, centred],
             "my_leak_test": [changes_only_the_last, counts_its_own_place, asks_for_bits, tries_one_token],
-            "my_attention": [not_scaled, scaled_by_d, off_by_one, over_the_queries, masks_after_the_softmax],
+            "my_attention": [
+                not_scaled, scaled_by_d, off_by_one, takes_them_for_the_first,
+                over_the_queries, masks_after_the_softmax,
+            ],
             "my_heads": [only_a_view, every_second_channel, forgets_to_turn_back],
             "my_softmax_backward": [
                 only_the_diagonal, subtracts_the_plain_mean, forgets_the_temperature, times_the_temperature,
@@ -393,6 +401,7 @@ MESSAGES = [
     ("grade_attention", not_scaled, "root of D"),
     ("grade_attention", masks_after_the_softmax, "sum to 1"),
     ("grade_attention", off_by_one, "sees a later one"),
+    ("grade_attention", takes_them_for_the_first, "1 queries, 5 keys: the last position must see itself"),
     ("grade_heads", only_a_view, "a view alone"),
     ("grade_heads", forgets_to_turn_back, "on the way back"),
     ("grade_softmax_backward", only_the_diagonal, "sum to 0"),
