@@ -290,12 +290,13 @@ def code_cells():
 
 @pytest.fixture(scope="module")
 def lesson():
-    """The names of the lesson after all its cells but those that train or read what was trained."""
+    """The names of the lesson; of the cells that train, or read what was trained, only what they define."""
     names = {}
-    for source in itertools.takewhile(lambda source: "letter_of" not in source, code_cells()):
-        if not LONG_WORK.search(source) or re.match(r"(@torch.no_grad\(\)\n)?(def|class) ", source):
-            with contextlib.chdir(LESSON.parent):
-                exec(source, names)
+    for source in itertools.takewhile(lambda source: "def model_of" not in source, code_cells()):
+        nodes, long = ast.parse(source).body, LONG_WORK.search(source)
+        kept = [node for node in nodes if not long or isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        with contextlib.chdir(LESSON.parent):
+            exec(compile(ast.Module(kept, []), "lesson", "exec"), names)
     names["plt"].close("all")
     return names
 
@@ -515,18 +516,7 @@ def changes_with(panel, **values):
     assert panel.status.value == "" and panel.image.value not in (b"", before), values
 
 
-def test_the_panels_move(lesson, monkeypatch):
-    monkeypatch.chdir(LESSON.parent)
-    lens = widgets.Panel(lesson["lens"], text=widgets.entry("To be"))
-    changes_with(lens, text="Romeo, wherefore art thou")
-    lens.set(text="caf\u00e9")
-    assert "vocabulary" in lens.status.value
-    lens.set(text="")
-    assert lens.status.value == ""
-    knobs = {"deviation": widgets.slider(1e-3, 1.0, 0.1, log=True), "n_layer": widgets.slider(1, 24, 2)}
-    beginning = widgets.Panel(lesson["draw_beginning"], shrink_by_depth=widgets.entry(False), **knobs)
-    for values in ({"deviation": 0.5}, {"n_layer": 1}, {"n_layer": 6}, {"shrink_by_depth": True}):
-        changes_with(beginning, **values)
+def test_the_parameters_panel_moves(lesson):
     sizes = {"n_layer": widgets.slider(1, 48, 4), "n_embd": widgets.slider(32, 1024, 128, 32)}
     sizes |= {"vocab_size": widgets.slider(64, 100_000, 64, log=True), "design": widgets.choice(["gpt2", "modern"])}
     parts = widgets.Panel(lesson["draw_parts"], **sizes)
