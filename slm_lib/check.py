@@ -295,6 +295,6 @@ def show_ladder(corpus: str | None = None, path: str | os.PathLike = LADDER) -> 
     if not rows:
         print("the ladder is still empty: `make record` fills it")
     for name in [corpus] if corpus else sorted({row["corpus"] for row in rows}, reverse=True):
-        print(f"{name:34}{'nats':>8}{'bits/char':>11}{'perplexity':>12}")
+        print(f"{name:51}{'nats':>8}{'bits/char':>11}{'perplexity':>12}")
         for row, units in climb(rows, name):
-            print(f"  {row['name']:32}{units.nats:8.2f}{units.bits_per_character:11.2f}{units.perplexity:12.2f}")
+            print(f"  {row['name']:49}{units.nats:8.2f}{units.bits_per_character:11.2f}{units.perplexity:12.2f}")
