@@ -41,7 +41,7 @@ NBVAL := .venv/bin/python -m pytest -q --nbval notebooks -n 2 --dist loadscope
 
 test: ready .venv/installed-test
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest -q tests slm_lib --doctest-modules -n 2
+	.venv/bin/python -m pytest -q -n 2
 	SLM_CORPUS=playhouse $(NBVAL)
 	if $(AT_HAND); then SLM_CORPUS=shakespeare $(NBVAL); else echo 'Shakespeare is not at hand: not tested on it'; fi
 

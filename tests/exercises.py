@@ -1,4 +1,4 @@
-"""For the tests of a lesson's graders: the stub is not attempted, the solution is right, wrong answers are caught."""
+"""For the tests of lessons: their cells, whether a proof notices what was broken, and whether graders grade."""
 
 import ast
 import json
@@ -10,13 +10,34 @@ from slm_lib import check
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
+def lesson_path(noun: str, notebooks: Path = NOTEBOOKS) -> Path:
+    """The notebook of a lesson, whatever its number."""
+    (path,) = notebooks.glob(f"[0-9][0-9]_{noun}.ipynb")
+    return path
+
+
+def code_cells(notebook: Path) -> list[str]:
+    """The sources of a notebook's code cells."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def notices(proof: str, names: dict, *others: type[Exception]) -> bool:
+    """Whether a cell that proves something fails with these names; exceptions of `others` count as noticing too."""
+    try:
+        exec(proof, names)
+    except (AssertionError, *others):
+        return True
+    return False
+
+
 def assert_graded(noun: str, wrong: dict[str, list[Callable]], notebooks: Path = NOTEBOOKS) -> None:
     """Try every exercise of the lesson on `noun`: its stub, its solution, and the wrong answers given for each.
 
     `wrong` maps each exercise (the name of its stub, such as "my_encode") to at least two answers that a reader might
     well give.
     """
-    (lesson,) = notebooks.glob(f"[0-9][0-9]_{noun}.ipynb")
+    lesson = lesson_path(noun, notebooks)
     grader_of = _exercises(lesson)
     assert set(wrong) == set(grader_of), f"the exercises are {sorted(grader_of)}, wrong answers are for {sorted(wrong)}"
     graders = check.graders(lesson)
@@ -31,14 +52,9 @@ def assert_graded(noun: str, wrong: dict[str, list[Callable]], notebooks: Path =
             assert verdict.startswith("not yet: "), f"{name}: the wrong answer {answer.__name__} is called {verdict!r}"
 
 
-def _sources(notebook: Path) -> list[str]:
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-
-
 def _exercises(lesson: Path) -> dict[str, str]:
     """The answers and graders that the lesson hands to `check.exercise`."""
-    calls = [node for text in _sources(lesson) for node in ast.walk(_parsed(text)) if isinstance(node, ast.Call)]
+    calls = [node for text in code_cells(lesson) for node in ast.walk(_parsed(text)) if isinstance(node, ast.Call)]
     graded = [call for call in calls if ast.unparse(call.func) == "check.exercise"]
     return {ast.unparse(call.args[0]): ast.unparse(call.args[1]) for call in graded}
 
@@ -46,7 +62,7 @@ def _exercises(lesson: Path) -> dict[str, str]:
 def _functions(notebook: Path, names: set[str]) -> dict[str, Callable]:
     """The functions of these names, made by running a notebook's imports and definitions alone."""
     kinds = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef
-    body = [node for text in _sources(notebook) for node in _parsed(text).body if isinstance(node, kinds)]
+    body = [node for text in code_cells(notebook) for node in _parsed(text).body if isinstance(node, kinds)]
     space = {}
     exec(compile(ast.Module(body, []), str(notebook), "exec"), space)
     return {name: space[name] for name in names}

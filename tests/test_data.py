@@ -2,15 +2,13 @@
 
 import hashlib
 import http.server
-import json
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from exercises import assert_graded
+from exercises import assert_graded, code_cells, lesson_path, notices
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -188,7 +186,7 @@ def test_a_batch_that_cannot_be_drawn_is_refused(batch_size, block_size, words):
 
 # --- the lesson: break a thing of the library once, and each proof that rests on it fails -----------------------------
 
-LESSON = Path(__file__).parents[1] / "notebooks" / "01_data.ipynb"
+LESSON = lesson_path("data")
 LAST_PROOF = "floor of playhouse"
 
 
@@ -220,7 +218,7 @@ def breakable():
 
 
 def cells():
-    sources = ["".join(c["source"]) for c in json.loads(LESSON.read_text())["cells"] if c["cell_type"] == "code"]
+    sources = code_cells(LESSON)
     (last,) = [place for place, source in enumerate(sources) if LAST_PROOF in source]
     assert not any("check.same(" in source for source in sources[last + 1 :])
     return sources[: last + 1]
@@ -235,15 +233,10 @@ def wrong_facts(names):
         yield {"drawn": [scene._replace(recalls=r) for scene, r in zip(names["drawn"], moved, strict=True)]}
 
 
-def notices(source, names, *broken):
+def notices_broken(source, names, owner, name, broken):
     with pytest.MonkeyPatch.context() as patch:
-        if broken:
-            patch.setattr(*broken)
-        try:
-            exec(source, names)
-        except AssertionError:
-            return True
-    return False
+        patch.setattr(owner, name, broken)
+        return notices(source, names)
 
 
 def test_each_proof_fails_when_the_library_is_broken():
@@ -251,7 +244,7 @@ def test_each_proof_fails_when_the_library_is_broken():
     for source in cells():
         if "check.same(" in source:
             here = [(owner, name) for name, (owner, broken) in breakable()
-                    if f".{name}" in source and notices(source, dict(names), owner, name, broken)]  # fmt: skip
+                    if f".{name}" in source and notices_broken(source, dict(names), owner, name, broken)]  # fmt: skip
             noticed = here or any(notices(source, {**names, **wrong}) for wrong in wrong_facts(names))
             assert noticed, f"no broken thing is noticed by this proof:\n{source}"
             caught |= set(here)

@@ -3,14 +3,12 @@
 import ast
 import contextlib
 import copy
-import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from exercises import assert_graded
+from exercises import assert_graded, code_cells, lesson_path, notices
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,12 +123,7 @@ def test_rotary_scores_depend_on_the_distance_only(m, n, shift, pairs):
 
 # --- the lesson: each proof is seen to fail ---------------------------------------------------------------------------
 
-LESSON = Path(__file__).parents[1] / "notebooks" / "04_embeddings.ipynb"
-SOURCES = [
-    "".join(cell["source"])
-    for cell in json.loads(LESSON.read_text(encoding="utf-8"))["cells"]
-    if cell["cell_type"] == "code"
-]
+SOURCES = code_cells(lesson_path("embeddings"))
 
 
 class BrokenEmbedding(Embedding):
@@ -175,14 +168,6 @@ def with_broken(name, names):
             broken[key] = copy.deepcopy(value)
             broken[key].__class__ = BrokenEmbedding
     return broken
-
-
-def notices(source, names):
-    try:
-        exec(source, names)
-    except AssertionError:
-        return True
-    return False
 
 
 def test_each_proof_fails_when_the_library_is_broken():

@@ -1,19 +1,18 @@
 """The counting models: against a textbook Kneser-Ney in dictionaries, a naive tally, and what probability demands."""
 
 import copy
-import json
 import math
 import re
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from exercises import code_cells, lesson_path, notices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_lib import check, ngrams
+from slm_lib import check
 from slm_lib.ngrams import KneserNey, count_ngrams, loss_units, sample, score, smooth
 
 
@@ -280,15 +279,9 @@ def test_a_model_that_counted_nothing_says_so(ask):
         ask(KneserNey(2, 3))
 
 
-def test_docstring_examples():
-    import doctest
-
-    assert doctest.testmod(ngrams).failed == 0
-
-
 # --- the lesson: break a thing of the library once, and each proof that rests on it fails -----------------------------
 
-LESSON = Path(__file__).parents[1] / "notebooks" / "02_ngrams.ipynb"
+LESSON = lesson_path("ngrams")
 
 
 class BrokenKneserNey(KneserNey):
@@ -322,8 +315,7 @@ LONG_COUNTS = r"_losses|evenly|worth|foretold|load_corpus\(\)|models|seen\[|by_l
 
 def proofs():
     """Walk through the lesson, leaving out the long counts; yield each proof and the names that it can see."""
-    cells = json.loads(LESSON.read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    sources = code_cells(LESSON)
     last = max(i for i, source in enumerate(sources) if "check.same(" in source)
     names = {}
     for source in sources[: last + 1]:
@@ -342,14 +334,6 @@ def with_broken(name, names):
         broken["model"] = copy.copy(names["model"])
         broken["model"].__class__ = BrokenKneserNey
     return broken
-
-
-def notices(source, names):
-    try:
-        exec(source, names)
-    except AssertionError:
-        return True
-    return False
 
 
 def test_each_proof_fails_when_the_library_is_broken():
