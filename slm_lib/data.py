@@ -96,8 +96,7 @@ def _own_file(path: Path) -> Corpus:
     text = _read(path)
     if len(text) < SHORTEST_CORPUS:
         raise ValueError(f"{path} has {len(text)} characters, too few to learn from: give at least {SHORTEST_CORPUS:,}")
-    symbols = "".join(sorted(set(text)))
-    return Corpus(path.stem, text, path.name, _sha256(text), None, symbols, int(0.9 * len(text)))
+    return Corpus(path.stem, text, path.name, _sha256(text), None, "".join(sorted(set(text))), int(0.9 * len(text)))
 
 
 def _read(path: Path) -> str:
@@ -129,10 +128,7 @@ def _cache() -> Path:
 def find_shakespeare() -> Path | None:
     """Where tiny Shakespeare lies on this machine: `$SLM_DATA_DIR`, then the user's cache; None if nowhere."""
     folders = [Path(os.environ["SLM_DATA_DIR"])] if os.environ.get("SLM_DATA_DIR") else []
-    for folder in [*folders, _cache()]:
-        if (folder / SHAKESPEARE_FILE).is_file():
-            return folder / SHAKESPEARE_FILE
-    return None
+    return next(filter(Path.is_file, (folder / SHAKESPEARE_FILE for folder in [*folders, _cache()])), None)
 
 
 def download_shakespeare() -> Path:
@@ -278,8 +274,11 @@ class CharTokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CharTokenizer":
-        """Read a tokenizer that `save` wrote. Raises ValueError as `from_json` does."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Read a tokenizer that `save` wrote. Raises ValueError, with the file's name, for anything else."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def draw_batch(

@@ -151,7 +151,7 @@ def test_a_tokenizer_file_comes_back_and_a_damaged_one_is_refused(tmp_path):
     whole = path.read_text()
     for damaged in (whole[:20], "{}", "[]", whole.replace("characters", "words"), whole.replace("1", "2")):
         path.write_text(damaged)
-        with pytest.raises(ValueError, match="version 1, or a damaged one"):
+        with pytest.raises(ValueError, match=f"{path.name}: .* version 1, or a damaged one"):
             data.CharTokenizer.load(path)
 
 
