@@ -146,7 +146,7 @@ def provenance(trainer: training.Trainer, corpus: data.Corpus, loss: float, char
     """Where a model comes from: code, data, settings, machine and result."""
     losses = trainer.history.losses
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "corpus": {"name": corpus.name, "sha256": corpus.sha256, "floor": corpus.floor},
         "training": dataclasses.asdict(trainer.config),
         "parameters": trainer.model.n_parameters,
@@ -157,19 +157,28 @@ def provenance(trainer: training.Trainer, corpus: data.Corpus, loss: float, char
         "chars_per_token": chars_per_token,
         "training_loss_every_10_steps": [round(sum(part) / len(part), 4) for i in range(0, len(losses), 10)
                                          if (part := losses[i : i + 10])],
-        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(),
-                    "device": str(trainer.device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-                    "python": platform.python_version()},
+        "machine": {**machine(), "device": str(trainer.device)},
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _commit() -> str | None:
+def machine() -> dict:
+    """What this runs on."""
+    return {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, marked where files differ from it; None where git does not know it."""
+    def git(*words: str) -> str:
+        found = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        return found.stdout.strip()
+
     try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "slm_lib", "benchmarks")
+        return git("rev-parse", "HEAD") + (" with changes" if changed else "") or None
     except OSError:
         return None
-    return git.stdout.strip() or None
 
 
 def evaluate(args: argparse.Namespace) -> None:
