@@ -53,8 +53,7 @@ class _Base(ipywidgets.VBox):
             control.observe(lambda _: self._held or self._changed(), "value")
         self.image = ipywidgets.Image(layout={"display": "none", "align_self": "flex-start", "max_width": "100%"})
         self.page, self.status = ipywidgets.HTML(), ipywidgets.Label(layout={"display": "none"})
-        self.text, self._held = "", False
-        self._job: _Job | None = None
+        self.text, self._held, self._job = "", False, None
         super().__init__()
 
     @property
@@ -77,10 +76,9 @@ class _Base(ipywidgets.VBox):
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until no work is in progress, at most `timeout` seconds; return whether that came true."""
-        job = self._job
-        if job is not None:
-            job.join(timeout)
-        return job is None or not job.is_alive()
+        if self._job is not None:
+            self._job.join(timeout)
+        return self._job is None or not self._job.is_alive()
 
     def _changed(self) -> None:
         """What a moved control leads to; nothing, unless a panel says otherwise."""
@@ -208,17 +206,19 @@ class RunPanel(_BackgroundPanel):
     """Works when its button is pressed: `train(**values)` yields (fraction done, result) as it goes on.
 
     `draw(result)` returns a Figure (from `plot.figure`, since it runs in a thread) or text; it is called now and then
-    while the work goes on, and at the end. `result` is what to draw before the first run, if anything.
+    while the work goes on, and at the end. `result` is what to draw before the first run, if anything; what
+    `about(**values)` returns stands below the controls and follows them: what a run would cost, say.
     """
 
-    def __init__(self, train: Callable[..., Iterator], draw: Callable[[Any], Any], result: Any = None, **controls: Any):
+    def __init__(self, train: Callable[..., Iterator], draw: Callable, result: Any = None, about=None, **controls: Any):
         super().__init__(controls)
         self.train, self.draw, self.result = train, draw, result
         self.run_button = ipywidgets.Button(description="Run", icon="play", button_style="primary")
         self.run_button.on_click(lambda _: self.start())
         self.progress = ipywidgets.FloatProgress(value=0.0, max=1.0)
         row = ipywidgets.HBox([self.run_button, self.stop_button, self.progress, self.status])
-        self.children = [*self.controls.values(), row, self.image, self.page]
+        self.about = Panel(about, **controls) if about else None
+        self.children = [*([self.about] if about else self.controls.values()), row, self.image, self.page]
         if result is not None:
             self._show(draw(result))
 

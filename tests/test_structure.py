@@ -24,7 +24,7 @@ TESTED_ELSEWHERE = {"grammar": "playhouse"}  # it reads the notation of playhous
 CONTENT = [noun for noun in ORDER if noun != "welcome"]
 CONTENT = ["grammar", "playhouse", *CONTENT]
 CONTENT.insert(CONTENT.index("training"), "checkpoints")
-PLUMBING = {"check", "plot", "widgets", "notebooks", "__main__"}
+PLUMBING = {"check", "plot", "widgets", "notebooks", "presets", "provenance", "study", "__main__"}
 EXTRAS = {"torch", "numpy", "slm_lib", "tqdm", "pooch", "requests", "safetensors", "regex", "optuna"}
 ONLY_IN = {"matplotlib": "plot", "ipywidgets": "widgets"}
 

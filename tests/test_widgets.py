@@ -193,6 +193,23 @@ def test_a_first_result_is_drawn_before_any_run():
     assert not panel.running
 
 
+def test_what_a_run_would_cost_stands_there_before_it_and_follows_the_controls():
+    def about(lr, steps):
+        if lr > 0.3:
+            raise ValueError("too fast: keep lr below 0.3")
+        return f"{steps} steps of {lr}"
+
+    panel = widgets.RunPanel(descend, losses_curve, about=about, lr=widgets.slider(0.01, 0.4, 0.1), steps=30)
+    assert panel.about.text == "30 steps of 0.1"
+    panel.set(lr=0.2)
+    assert panel.about.text == "30 steps of 0.2" and panel.result is None
+    panel.set(lr=0.4)
+    assert panel.about.status.value == "too fast: keep lr below 0.3"
+    panel.set(lr=0.1)
+    panel.start()
+    assert panel.wait(20) and len(panel.result) == 30 and not panel.about.status.value
+
+
 # --- WritePanel -------------------------------------------------------------------------------------------------------
 
 
