@@ -10,6 +10,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import symtable
 import sys
 import time
 import urllib.request
@@ -200,6 +201,30 @@ def test_welcome_writes_anew_when_the_temperature_slider_moves(tmp_path):
         panel.area.get_by_text("lacks").wait_for(timeout=10_000)
 
 
+def needed_for(notebook, text):
+    """A notebook of only those code cells that the first cell with `text` in it needs, and that cell."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    last = next(i for i, cell in enumerate(cells) if text in cell.source)
+    kept, missing = [], set()
+    for cell in reversed(cells[: last + 1]):
+        gives, takes = _names(cell.source)
+        if not kept or gives & missing:
+            kept, missing = [cell, *kept], (missing - gives) | takes
+    return v4.new_notebook(cells=kept, metadata=notebook.metadata)
+
+
+def _names(source):
+    """The names that a cell gives to the notebook, and those that it takes from it."""
+    python = "\n".join(line for line in source.splitlines() if not line.startswith(("%", "!")))
+    tables = [symtable.symtable(python, "cell", "exec")]
+    gives = {name.get_name() for name in tables[0].get_symbols() if name.is_assigned() or name.is_imported()}
+    takes = {name.get_name() for name in tables[0].get_symbols() if name.is_referenced()}
+    for table in tables:
+        tables += table.get_children()
+        takes |= {name.get_name() for name in table.get_symbols() if name.is_global() and name.is_referenced()}
+    return gives, takes
+
+
 PANELS = {
     "ngrams": "widgets.Panel(write_at",
     "tokens": "widgets.Panel(draw_own",
@@ -211,7 +236,10 @@ PANELS = {
 
 @pytest.mark.parametrize("noun", PANELS)
 def test_a_panel_of_the_lesson_redraws_when_its_slider_moves(noun, tmp_path):
-    with lab_notebook(lesson(noun), tmp_path) as lab:
+    path = tmp_path / "source" / lesson(noun).name
+    path.parent.mkdir()
+    nbformat.write(needed_for(nbformat.read(lesson(noun), as_version=4), PANELS[noun]), path)
+    with lab_notebook(path, tmp_path / "work") as lab:
         lab.run_all()
         panel = lab.output(PANELS[noun])
         before, readout = panel.shown(), panel.readout()
