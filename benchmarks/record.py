@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from slm_lib.__main__ import commit, machine
+from slm_lib.provenance import commit, machine
 
 ROOT = Path(__file__).parents[1]
 COMMIT = commit()  # of the code that was loaded, whatever is committed while it runs

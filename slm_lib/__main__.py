@@ -2,12 +2,8 @@
 
 import argparse
 import dataclasses
-import os
-import platform
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -15,6 +11,8 @@ import torch
 from slm_lib import checkpoints, data, generation, tokens, training
 from slm_lib.blocks import GPT, GPTConfig
 from slm_lib.ngrams import loss_units
+from slm_lib.presets import PRESETS
+from slm_lib.provenance import provenance
 
 RUNS = Path("runs")
 SIZES = {
@@ -41,14 +39,14 @@ SETTINGS = {
 def add_train(commands) -> None:
     parser = commands.add_parser("train", help="train a model from nothing, or go on with one (--resume)")
     parser.set_defaults(call=train)
-    parser.add_argument("--preset", default="shakespeare-cpu", choices=training.PRESETS, help="the recipe")
+    parser.add_argument("--preset", default="shakespeare-cpu", choices=PRESETS, help="the recipe")
     parser.add_argument("--corpus", help="shakespeare, playhouse or a text file; otherwise what is here")
     parser.add_argument("--out", type=Path, help="where checkpoints and model go; by default a new folder in runs/")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on from the newest checkpoint in FOLDER")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default): the best one found")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="learn N byte-pair tokens (default: characters)")
     parser.add_argument("--design", default="modern", choices=["modern", "gpt2"], help="the model's design")
-    preset = training.PRESETS["shakespeare-cpu"]
+    preset = PRESETS["shakespeare-cpu"]
     defaults = {"dropout": 0.0, **preset.sizes, **dataclasses.asdict(preset.training)}
     for name, meaning in {**SIZES, **SETTINGS}.items():
         help = f"{meaning} ({defaults[name]:g} in shakespeare-cpu)"
@@ -58,7 +56,7 @@ def add_train(commands) -> None:
 def train(args: argparse.Namespace) -> None:
     """Train, with checkpoints on the way, and end with the loss on the whole validation text and a sample."""
     device = training.choose_device(args.device)
-    corpus = data.load_corpus(args.corpus or training.PRESETS[args.preset].corpus)
+    corpus = data.load_corpus(args.corpus or PRESETS[args.preset].corpus)
     if args.resume:
         folder = args.resume
         trainer, tokenizer, commands = _resume(folder, corpus, device)
@@ -109,7 +107,7 @@ def _start(args: argparse.Namespace, corpus: data.Corpus, device) -> tuple[train
         tokenizer = data.CharTokenizer(corpus.symbols)
     else:
         tokenizer = tokens.BytePairTokenizer.train(text, args.vocab_size)
-    preset = training.PRESETS[args.preset]
+    preset = PRESETS[args.preset]
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     changed = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     config = dataclasses.replace(preset.training, **changed)
@@ -140,45 +138,6 @@ def _resume(folder: Path, corpus: data.Corpus, device) -> tuple[training.Trainer
 def _new_folder(wanted: Path) -> Path:
     names = [wanted, *(wanted.with_name(f"{wanted.name}-{i}") for i in range(2, 10_000))]
     return next(name for name in names if not name.exists())
-
-
-def provenance(trainer: training.Trainer, corpus: data.Corpus, loss: float, chars_per_token: float) -> dict:
-    """Where a model comes from: code, data, settings, machine and result."""
-    losses = trainer.history.losses
-    return {
-        "commit": commit(),
-        "corpus": {"name": corpus.name, "sha256": corpus.sha256, "floor": corpus.floor},
-        "training": dataclasses.asdict(trainer.config),
-        "parameters": trainer.model.n_parameters,
-        "tokens_seen": trainer.step * trainer.config.batch_size * trainer.block_size,
-        "seconds": round(trainer.history.seconds, 1),
-        "validation_loss": loss,
-        "validation": "every token once, disjoint windows of block_size, nats per token",
-        "chars_per_token": chars_per_token,
-        "training_loss_every_10_steps": [round(sum(part) / len(part), 4) for i in range(0, len(losses), 10)
-                                         if (part := losses[i : i + 10])],
-        "machine": {**machine(), "device": str(trainer.device)},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def machine() -> dict:
-    """What this runs on."""
-    return {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
-
-
-def commit() -> str | None:
-    """The commit of the code that runs, marked where files differ from it; None where git does not know it."""
-    def git(*words: str) -> str:
-        found = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-        return found.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "slm_lib", "benchmarks")
-        return git("rev-parse", "HEAD") + (" with changes" if changed else "") or None
-    except OSError:
-        return None
 
 
 def evaluate(args: argparse.Namespace) -> None:

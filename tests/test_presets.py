@@ -1,0 +1,21 @@
+"""Every recipe can be built and trained."""
+
+import pytest
+
+from slm_lib.blocks import GPT
+from slm_lib.presets import PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_model_that_can_be_built(name):
+    preset = PRESETS[name]
+    model = GPT(preset.model_config(vocab_size=65))
+    assert model.config.vocab_size == 65 and model.config.block_size == preset.sizes["block_size"]
+    assert preset.training.warmup_iters < preset.training.max_iters
+
+
+def test_shakespeare_on_a_cpu_is_small_enough_for_two_minutes():
+    preset = PRESETS["shakespeare-cpu"]
+    tokens = preset.training.max_iters * preset.training.batch_size * preset.sizes["block_size"]
+    flops = 6 * GPT(preset.model_config(vocab_size=65)).n_parameters * tokens
+    assert flops < 1.2e13  # two cores do about 1e11 a second
