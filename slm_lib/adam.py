@@ -1,8 +1,8 @@
 """How weights move: SGD, Momentum, Nesterov, RMSProp, Adam, AdamW and Muon, with the interface of torch.optim.
 
-Each optimizer is one rule, `update`, for one weight tensor and its gradient; what they share is `Optimizer`. They hold
-their state under torch.optim's names, so that a run begun with one can go on with the other. Written to be read:
-torch.optim does the same in fewer, fused operations, and is faster.
+Each optimizer is one rule, `update`, for one weight tensor and its gradient; what they share is `Optimizer`. The state
+has torch.optim's names, so that a run which torch.optim began can go on here. Written to be read: torch.optim does the
+same in fewer, fused operations, and is faster.
 """
 
 import math

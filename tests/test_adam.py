@@ -321,6 +321,8 @@ def test_what_torch_began_can_be_continued_and_the_other_way_round(name):
     walk(ours, my_weights, gradients[:20])
     walk(theirs, their_weights, gradients[:20])
     mine, others = ours.state_dict(), theirs.state_dict()
+    for entry in mine["state"].values():
+        entry.setdefault("step", torch.tensor(20.0))  # torch's RMSprop counts its steps, and does not use the count
     ours.load_state_dict(others)
     groups = [{**b, **a} for a, b in zip(mine["param_groups"], others["param_groups"], strict=True)]
     theirs.load_state_dict({"state": mine["state"], "param_groups": groups})
