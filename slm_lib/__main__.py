@@ -10,9 +10,11 @@ import torch
 
 from slm_lib import checkpoints, data, generation, tokens, training
 from slm_lib.blocks import GPT, GPTConfig
+from slm_lib.faults import enough_memory
 from slm_lib.ngrams import loss_units
 from slm_lib.presets import PRESETS
 from slm_lib.provenance import provenance
+from slm_lib.settings import CHOICES
 
 RUNS = Path("runs")
 SIZES = {
@@ -33,6 +35,9 @@ SETTINGS = {
     "grad_clip": "the longest gradient that is taken as it is",
     "eval_interval": "steps between checkpoints",
     "seed": "the same seed trains the same model",
+    "gradient_accumulation": "cut each batch into so many pieces, to take less memory",
+    "schedule": "how the learning rate goes on after the warm-up",
+    "precision": "of matrix products; auto is bfloat16 on CUDA",
 }
 
 
@@ -49,8 +54,10 @@ def add_train(commands) -> None:
     preset = PRESETS["shakespeare-cpu"]
     defaults = {"dropout": 0.0, **preset.sizes, **dataclasses.asdict(preset.training)}
     for name, meaning in {**SIZES, **SETTINGS}.items():
-        help = f"{meaning} ({defaults[name]:g} in shakespeare-cpu)"
-        parser.add_argument("--" + name.replace("_", "-"), type=type(defaults[name]), metavar="N", help=help)
+        help = f"{meaning} ({defaults[name]} in shakespeare-cpu)"
+        kind = {"choices": CHOICES[name]} if name in CHOICES else {"type": type(defaults[name]), "metavar": "N"}
+        parser.add_argument("--" + name.replace("_", "-"), help=help, **kind)
+    parser.add_argument("--compile", action="store_true", default=None, help="compile the model: slow first, fast then")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -108,13 +115,18 @@ def _start(args: argparse.Namespace, corpus: data.Corpus, device) -> tuple[train
     else:
         tokenizer = tokens.BytePairTokenizer.train(text, args.vocab_size)
     preset = PRESETS[args.preset]
-    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    changed = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    config = dataclasses.replace(preset.training, **changed)
+    config = dataclasses.replace(preset.training, **_given(args, [*SETTINGS, "compile"]))
     torch.manual_seed(config.seed)
     design = getattr(GPTConfig, args.design)
-    model = GPT(design(vocab_size=tokenizer.vocab_size, **{**preset.sizes, **sizes})).to(device)
+    sizes = {**preset.sizes, **_given(args, SIZES)}
+    with enough_memory("lower n_layer or n_embd"):
+        model = GPT(design(vocab_size=tokenizer.vocab_size, **sizes)).to(device)
     return training.Trainer(model, tokenizer.encode(text), config), tokenizer
+
+
+def _given(args: argparse.Namespace, names) -> dict:
+    """What was given on the command line, of these names."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _resume(folder: Path, corpus: data.Corpus, device) -> tuple[training.Trainer, tokens.Tokenizer, list[str]]:

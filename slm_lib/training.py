@@ -3,12 +3,10 @@
 import json
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -18,52 +16,24 @@ from tqdm.auto import tqdm
 
 from slm_lib import checkpoints
 from slm_lib.data import draw_batch
+from slm_lib.distributed import Ranks
+from slm_lib.faults import enough_memory, first_not_finite, interrupts
+from slm_lib.settings import TrainingConfig, learning_rate_at
 from slm_lib.tokens import Tokenizer
 
 TOKENS_AT_ONCE = 16_384  # how many positions evaluation looks at in one forward pass
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to train. Counts are in steps; `learning_rate` is the highest one, at the end of the warm-up.
-
-    Raises ValueError for a value with which no training makes sense.
-    """
-
-    batch_size: int = 32
-    max_iters: int = 1_000
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.1
-    warmup_iters: int = 50
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0
-    eval_interval: int = 250
-    seed: int = 0
-
-    def __post_init__(self):
-        lowest = {"warmup_iters": 0, "seed": 0}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-                raise ValueError(f"{f.name} {value!r} must be a finite number")
-            if f.type is int and (not isinstance(value, int) or value < lowest.get(f.name, 1)):
-                raise ValueError(f"{f.name} {value!r} must be a whole number of at least {lowest.get(f.name, 1)}")
-        if not 0 < self.learning_rate <= 10:
-            raise ValueError(f"learning_rate {self.learning_rate} must lie above 0 and not beyond 10: try 0.003")
-        if not 0 <= self.weight_decay <= 10:
-            raise ValueError(f"weight_decay {self.weight_decay} must lie in 0..10: try 0.1")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must lie in 0..1, 1 excluded: try 0.9, 0.95")
-        if self.grad_clip <= 0:
-            raise ValueError(f"grad_clip {self.grad_clip} must be above 0: try 1.0")
+KEPT = {"seed", "weight_decay", "beta1", "beta2"}  # what the stored state of batches and optimizer has settled
 
 
 @dataclass
 class History:
-    """What happened: the batch loss of every step, and the validation losses as (step, nats per token)."""
+    """What happened: of every step the batch loss and the length of the gradient before it was clipped.
+
+    `evaluations` is for losses on other texts, as (step, nats per token).
+    """
 
     losses: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     interrupted: bool = False
@@ -88,13 +58,6 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """The learning rate of step 0, 1, ...: a straight climb to the highest, then a straight fall to zero at the end."""
-    climb = (step + 1) / (config.warmup_iters + 1)
-    fall = (config.max_iters - step) / max(1, config.max_iters - config.warmup_iters)
-    return config.learning_rate * max(0.0, min(climb, fall, 1.0))
-
-
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019) with weight decay on the matrices and none on vectors."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -104,9 +67,16 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
     return torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=fused)
 
 
-def _autocast(device: torch.device) -> AbstractContextManager:
-    """bfloat16 for the matrix products on CUDA; everything else stays float32."""
-    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+def _autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager:
+    """bfloat16 for the matrix products, on CUDA or where it is asked for; everything else stays as it is."""
+    lower = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16) if lower else nullcontext()
+
+
+def _losses(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of logits (B, T, V) against targets (B, T), computed in float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)  # (B T, V)
+    return F.cross_entropy(logits, targets.flatten(), reduction=reduction)
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -115,7 +85,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def surprisal(model: nn.Module, ids: Tensor, block_size: int | None = None, start_id: int = 0) -> Tensor:
-    """How much each token of `ids` (N,) surprises the model: nats (N,), float32 on the CPU.
+    """How much each token of `ids` (N,) surprises the model: nats (N,), on the CPU.
 
     The text is cut into disjoint windows of `block_size` (the model's own, unless given), so a token sees at most
     block_size tokens before it. The first token follows `start_id`, by default 0, the newline of a sorted vocabulary.
@@ -124,18 +94,16 @@ def surprisal(model: nn.Module, ids: Tensor, block_size: int | None = None, star
         raise ValueError("there is nothing to evaluate: the text is empty")
     T, device, was_training = block_size or model.config.block_size, _device_of(model), model.training
     inputs, targets = torch.cat([ids.new_tensor([start_id]), ids[:-1]]), ids
-    whole = len(ids) // T * T  # the last window may be shorter
-    rows = list(zip(inputs[:whole].view(-1, T), targets[:whole].view(-1, T), strict=True)) if whole else []
-    pieces = [rows[i : i + max(1, TOKENS_AT_ONCE // T)] for i in range(0, len(rows), max(1, TOKENS_AT_ONCE // T))]
-    if whole < len(ids):
-        pieces.append([(inputs[whole:], targets[whole:])])
+    whole, at_once = len(ids) // T * T, max(1, TOKENS_AT_ONCE // T)  # the last window may be shorter
+    batches = (side[:whole].reshape(-1, T).split(at_once) for side in (inputs, targets))
+    pieces = [*zip(*batches, strict=True), (inputs[None, whole:], targets[None, whole:])]
     losses = []
     model.eval()
-    for piece in pieces:
-        x, y = (torch.stack(side).to(device) for side in zip(*piece, strict=True))  # (B, T) each
-        with _autocast(device):
-            logits = model(x)
-        losses.append(F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").cpu())
+    for x, y in pieces:  # (B, T) each
+        if x.numel():
+            with _autocast(device):
+                logits = model(x.to(device))  # (B, T, V)
+            losses.append(_losses(logits, y.to(device), reduction="none").cpu())
     model.train(was_training)
     return torch.cat(losses)
 
@@ -148,18 +116,35 @@ def evaluate(model: nn.Module, ids: Tensor, block_size: int | None = None, start
 class Trainer:
     """The loop: draw a batch, forward, backward, clip, update. It can be stopped after any step, saved and resumed.
 
-    `ids` (N,) is the training text; the model decides the device. One seed, one machine, one number of threads: the
-    same losses, bit for bit.
+    `ids` (N,) is the training text; the model decides the device. `optimizer` is anything with the interface of
+    torch.optim, by default `make_optimizer`; a group's own "lr_scale" multiplies its learning rate. One seed, one
+    machine, one number of threads: the same losses, bit for bit. Where torch.distributed is initialised, each process
+    (rank) computes its rows of the one batch, and gradients and losses are averaged.
     """
 
-    def __init__(self, model: nn.Module, ids: Tensor, config: TrainingConfig, block_size: int | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        config: TrainingConfig,
+        block_size: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ):
         self.model, self.config, self.device = model, config, _device_of(model)
         self.block_size = block_size or model.config.block_size
         self.ids = ids.to(self.device)
-        self.optimizer = make_optimizer(model, config)
+        self.optimizer = make_optimizer(model, config) if optimizer is None else optimizer
         self.generator = torch.Generator().manual_seed(config.seed)
         self.history = History()
         draw_batch(ids, 1, self.block_size, torch.Generator())  # a text that is too short is refused now, not later
+        self.ranks = Ranks()
+        if config.batch_size % (self.ranks.count * config.gradient_accumulation):
+            raise ValueError(
+                f"batch_size {config.batch_size} does not divide into {self.ranks.count} processes x "
+                f"gradient_accumulation {config.gradient_accumulation}: take a multiple of their product"
+            )
+        self.forward = self.ranks.join(model)
+        self.forward = torch.compile(self.forward) if config.compile else self.forward
 
     @property
     def step(self) -> int:
@@ -167,42 +152,72 @@ class Trainer:
         return len(self.history.losses)
 
     def update(self) -> float:
-        """One step of training; returns the batch loss from before the update, in nats per token."""
+        """One step of training; returns the batch loss from before the update, in nats per token.
+
+        Raises FloatingPointError where loss or gradient is not finite, and then leaves the weights as they were;
+        MemoryError where the batch is too large.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.step, self.config)
-        x, y = draw_batch(self.ids, self.config.batch_size, self.block_size, self.generator)
-        with _autocast(self.device):
-            logits = self.model(x)  # (B, T, V)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+            group["lr"] = learning_rate_at(self.step, self.config) * group.get("lr_scale", 1.0)
+        with enough_memory("lower batch_size, raise gradient_accumulation, or lower block_size, n_layer or n_embd"):
+            x, y = draw_batch(self.ids, self.config.batch_size, self.block_size, self.generator)  # (B, T) each
+            loss = self._backward(x, y)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip).item()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise FloatingPointError(self._breakdown(x, y, loss))
+            self.optimizer.step()
+        self.history.losses.append(loss)
+        self.history.gradient_norms.append(norm)
+        return loss
+
+    def _backward(self, x: Tensor, y: Tensor) -> float:
+        """Leave the gradient of the batch's mean loss in the parameters, and return that loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss became {value} at step {self.step}: try a lower learning_rate")
-        self.optimizer.step()
-        self.history.losses.append(value)
-        return value
+        total, pieces = torch.zeros((), device=self.device), self._pieces(self.ranks.rows(x), self.ranks.rows(y))
+        for i, (x, y) in enumerate(pieces, 1):
+            with self.ranks.apart(self.forward) if i < len(pieces) else nullcontext():
+                with _autocast(self.device, self.config.precision):
+                    logits = self.forward(x)  # (B, T, V)
+                loss = _losses(logits, y) / len(pieces)
+                loss.backward()
+            total = total + loss.detach()
+        return self.ranks.mean(total)
+
+    def _pieces(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+        count = self.config.gradient_accumulation
+        return list(zip(x.chunk(count), y.chunk(count), strict=True))
+
+    def _breakdown(self, x: Tensor, y: Tensor, loss: float) -> str:
+        """What to say when the loss of a batch, or a gradient, is no longer finite."""
+        with _autocast(self.device, self.config.precision):
+            found = next(filter(None, (first_not_finite(self.model, *piece) for piece in self._pieces(x, y))), None)
+        return (
+            f"training broke down: {found or 'the length of all gradients together'} is no longer finite (loss "
+            f"{loss:.3g}) at step {self.step}: try a lower learning_rate, more warmup_iters or a lower grad_clip"
+        )
 
     def run(self, callback: Callable[["Trainer"], object] | None = None, progress: bool = True) -> History:
         """Train to max_iters; the callback is called at step 0, every eval_interval and at the end, True from it stops.
 
         An interrupt (Ctrl-C, the stop button) lets the step at hand end, then returns: model and history stay usable.
+        Of several processes only the first calls the callback and shows progress, and all stop together.
         """
-        bar = tqdm(total=self.config.max_iters, initial=self.step, unit="step", disable=not progress, mininterval=0.5)
+        hidden = not progress or self.ranks.rank > 0
+        bar = tqdm(total=self.config.max_iters, initial=self.step, unit="step", disable=hidden, mininterval=0.5)
+        if self.ranks.rank:  # each process drops other activations
+            torch.manual_seed(self.config.seed + 1_000_003 * self.ranks.rank + self.step)
         self.model.train()
         self.history.interrupted, called_at = False, -1
-        with bar, _interrupts() as interrupted:
+        with bar, interrupts(patient=self.ranks.count > 1) as interrupted:
             while True:
                 due = self.step % self.config.eval_interval == 0 or self.step >= self.config.max_iters
-                if callback and due and called_at != self.step:
+                if due and called_at != self.step:
                     called_at = self.step
-                    if callback(self):
+                    if self._calls(callback):
                         break
-                    self.model.train()
                 if self.step >= self.config.max_iters:
                     break
-                if interrupted.is_set():
+                if self.ranks.any(interrupted.is_set(), self.device):
                     self.history.interrupted = True
                     break
                 begin = time.perf_counter()
@@ -214,24 +229,48 @@ class Trainer:
         self.model.eval()
         return self.history
 
+    def _calls(self, callback: Callable[["Trainer"], object] | None) -> bool:
+        """Whether the callback, called by the first process alone, wants all to stop."""
+        wish = callback is not None and self.ranks.rank == 0 and bool(callback(self))
+        self.model.train()
+        return self.ranks.any(wish, self.device)
+
     def save(self, folder: str | os.PathLike, tokenizer: Tokenizer, provenance: dict | None = None) -> Path:
-        """Publish a checkpoint as a new folder: the model, and all that `resume` needs to go on as if not stopped."""
+        """Publish a checkpoint as a new folder: the model, and all that `resume` needs to go on as if not stopped.
+
+        Raises FloatingPointError for weights that are not finite: such a checkpoint would be the newest and worth
+        nothing.
+        """
+        for name, weight in self.model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise FloatingPointError(f"the weight {name} is no longer finite after step {self.step}: not saved")
         generators = {"batches": self.generator.get_state(), "torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {"config": asdict(self.config), "block_size": self.block_size, "history": asdict(self.history)}
+        state["optimizer"] = type(self.optimizer).__name__
         extra = {**checkpoints.pack_optimizer(self.optimizer, generators), "training.json": json.dumps(state).encode()}
         return checkpoints.save_model(folder, self.model, tokenizer, provenance or {}, extra=extra)
 
     @classmethod
-    def resume(cls, folder: str | os.PathLike, ids: Tensor, device: str | torch.device = "cpu") -> "Trainer":
-        """The trainer that `save` stored, ready to `run`. Raises ValueError for a damaged folder."""
+    def resume(cls, folder: str | os.PathLike, ids: Tensor, device: str | torch.device = "cpu", **changes) -> "Trainer":
+        """The trainer that `save` stored, ready to `run`, with `changes` to its settings.
+
+        Raises ValueError for a damaged folder, one of another version, or a change that comes too late.
+        """
+        if late := KEPT & set(changes):
+            raise ValueError(f"{', '.join(sorted(late))} cannot change in the middle of training: start anew")
         model, _, _ = checkpoints.load_model(folder, device)
         files = checkpoints.verify(folder)
         if "training.json" not in files:
             raise ValueError(f"{folder} holds a model but no state of training: give a folder named step-…")
         state = json.loads(files["training.json"])
-        trainer = cls(model, ids, TrainingConfig(**state["config"]), state["block_size"])
+        if set(state["config"]) != {f.name for f in fields(TrainingConfig)}:
+            raise ValueError(f"{folder} was saved by another version of slm_lib: train anew")
+        if state["optimizer"] != "AdamW":
+            raise ValueError(f"{folder} was trained with {state['optimizer']}, and only AdamW is resumed: train anew")
+        config = replace(TrainingConfig(**state["config"]), **changes)
+        trainer = cls(model, ids, config, state["block_size"])
         trainer.history = History(**state["history"])
         generators = checkpoints.unpack_optimizer(files, trainer.optimizer)
         trainer.generator.set_state(generators["batches"])
@@ -250,23 +289,3 @@ def train(
 ) -> History:
     """Train `model` in place on the text `ids` (N,) and return what happened; see also `Trainer`."""
     return Trainer(model, ids, config).run(callback, progress)
-
-
-@contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """Within it, a first Ctrl-C sets the event it yields instead of breaking into an update; a second breaks."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def on_interrupt(number, frame):
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,85 @@
+"""What cannot train is refused by name, and the learning rate goes the way its schedule says."""
+
+import math
+
+import pytest
+import torch
+
+from slm_lib.blocks import GPT, GPTConfig
+from slm_lib.settings import TrainingConfig, learning_rate_at
+from slm_lib.training import Trainer
+
+IDS = torch.tensor([(i * i + i // 7) % 5 for i in range(600)])
+
+
+@pytest.mark.parametrize("wrong", [
+    {"gradient_accumulation": 0}, {"gradient_accumulation": 5}, {"schedule": "step"}, {"schedule": 3},
+    {"precision": "float16"}, {"precision": None}, {"compile": 1}, {"batch_size": True}, {"seed": 2**63},
+    {"max_iters": 10**400}, {"grad_clip": math.inf}, {"learning_rate": True}, {"weight_decay": 10**400},
+])  # fmt: skip
+def test_a_setting_that_cannot_train_is_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TrainingConfig(**wrong)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_every_schedule_climbs_the_same_way_and_ends_its_own(schedule):
+    config = TrainingConfig(max_iters=100, warmup_iters=10, learning_rate=0.02, schedule=schedule)
+    rates = [learning_rate_at(step, config) for step in range(101)]
+    assert rates[:11] == pytest.approx([0.02 * (i + 1) / 11 for i in range(11)])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    halfway, end = {"linear": (0.01, 0.0), "cosine": (0.01, 0.0), "constant": (0.02, 0.02)}[schedule]
+    assert rates[55] == pytest.approx(halfway) and rates[100] == pytest.approx(end)
+    if schedule == "cosine":  # slow, fast, slow
+        assert rates[10] - rates[20] < rates[50] - rates[60] > rates[90] - rates[100]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_a_warm_up_longer_than_the_training_never_overshoots(schedule):
+    config = TrainingConfig(max_iters=5, warmup_iters=50, learning_rate=0.02, schedule=schedule)
+    rates = [learning_rate_at(step, config) for step in range(5)]
+    assert all(0 < rate < 0.02 for rate in rates)
+
+
+def train(dtype=torch.float64, **changes) -> Trainer:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.modern(vocab_size=5, block_size=8, n_layer=2, n_head=2, n_embd=16)).to(dtype)
+    settings = {"batch_size": 12, "max_iters": 8, "warmup_iters": 2, "learning_rate": 0.01, "grad_clip": 0.2}
+    trainer = Trainer(model, IDS, TrainingConfig(**{**settings, **changes}))
+    trainer.run(progress=False)
+    return trainer
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 12])
+def test_gradient_accumulation_equals_the_big_batch(pieces):
+    whole, cut = train(), train(gradient_accumulation=pieces)
+    assert cut.history.losses == pytest.approx(whole.history.losses, abs=1e-12)
+    assert cut.history.gradient_norms == pytest.approx(whole.history.gradient_norms, rel=1e-11)
+    for mine, theirs in zip(cut.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=0)
+
+
+def test_the_norm_is_the_one_before_clipping():
+    trainer = train(grad_clip=1e-3)
+    assert len(trainer.history.gradient_norms) == 8 and min(trainer.history.gradient_norms) > 0.01
+    final = math.sqrt(sum(p.grad.square().sum().item() for p in trainer.model.parameters()))
+    assert final == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_lower_precision_changes_the_losses_a_little():
+    exact, rough = (train(torch.float32, precision=name).history.losses for name in ("float32", "bfloat16"))
+    assert exact == train(torch.float32).history.losses  # "auto" on a CPU
+    assert exact != rough and exact == pytest.approx(rough, abs=0.02)
+
+
+def test_an_optimizer_of_ones_own_takes_the_schedule_and_its_scale():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.modern(vocab_size=5, block_size=8, n_layer=1, n_head=2, n_embd=16))
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+    groups = [{"params": matrices, "lr_scale": 10.0}, {"params": vectors}]
+    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+    trainer = Trainer(model, IDS, TrainingConfig(max_iters=20, warmup_iters=3, batch_size=4), optimizer=optimizer)
+    before = model.head.weight.clone()
+    trainer.update()
+    assert not torch.equal(before, model.head.weight)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([3e-3 / 4 * 10, 3e-3 / 4])
