@@ -19,17 +19,19 @@ ORDER = [
     "generation", "evaluation", "tuning", "scaling", "gpu", "inside", "finetuning",
 ]  # fmt: skip
 # The notebook that opens a module of another name.
-OPENED_ELSEWHERE = {"grammar": "data", "playhouse": "data", "checkpoints": "training"}
-TESTED_ELSEWHERE = {"grammar": "playhouse"}  # it reads the notation of playhouse.grammar, and nothing else
+BEFORE_TRAINING = ["checkpoints", "settings", "distributed", "faults"]
+OPENED_ELSEWHERE = {"grammar": "data", "playhouse": "data", **dict.fromkeys(BEFORE_TRAINING, "training")}
+# grammar reads the notation of playhouse.grammar and nothing else, settings are those of training, runs the command's.
+TESTED_ELSEWHERE = {"grammar": "playhouse", "settings": "training", "runs": "main"}
 CONTENT = [noun for noun in ORDER if noun != "welcome"]
-CONTENT = ["grammar", "playhouse", *CONTENT]
-CONTENT.insert(CONTENT.index("training"), "checkpoints")
-PLUMBING = {"check", "plot", "widgets", "notebooks", "presets", "provenance", "study", "__main__"}
+before, after = CONTENT[: CONTENT.index("training")], CONTENT[CONTENT.index("training") :]
+CONTENT = ["grammar", "playhouse", *before, *BEFORE_TRAINING, *after]
+PLUMBING = {"check", "plot", "widgets", "notebooks", "presets", "provenance", "runs", "study", "__main__"}
 EXTRAS = {"torch", "numpy", "slm_lib", "tqdm", "pooch", "requests", "safetensors", "regex", "optuna"}
 ONLY_IN = {"matplotlib": "plot", "ipywidgets": "widgets"}
 
 # Modules whose notebook is still to come. Empty when the series is complete.
-UNOPENED = {"checkpoints", "training", "generation"}
+UNOPENED = {*BEFORE_TRAINING, "training", "generation"}
 # Notebooks that open no module of their own.
 WITHOUT_MODULE = {"welcome"}
 # Public names that need no proof, each with the reason.
