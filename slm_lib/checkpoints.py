@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from slm_lib.blocks import GPT, GPTConfig
 from slm_lib.tokens import Tokenizer, tokenizer_from_json
 
 MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"  # how the name of a folder ends that is still being written
 
 
 def publish(folder: str | os.PathLike, files: dict[str, bytes]) -> Path:
@@ -28,7 +30,7 @@ def publish(folder: str | os.PathLike, files: dict[str, bytes]) -> Path:
     if folder.exists():
         raise FileExistsError(f"{folder} exists already and is never overwritten: choose another name")
     manifest = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         unfinished.mkdir(parents=True)
         for name, content in {**files, MANIFEST: _json(manifest)}.items():
@@ -46,6 +48,17 @@ def publish(folder: str | os.PathLike, files: dict[str, bytes]) -> Path:
     return folder
 
 
+def sweep(folder: str | os.PathLike) -> int:
+    """Remove from `folder` what killed processes left half written there, and return how many pieces that were.
+
+    Nobody ever reads them; they only take room. To be called while no other process publishes into `folder`.
+    """
+    left = [path for path in Path(folder).glob(f".*{UNFINISHED}") if path.is_dir()]
+    for path in left:
+        shutil.rmtree(path)
+    return len(left)
+
+
 def verify(folder: str | os.PathLike) -> dict[str, bytes]:
     """Read every file that the manifest of `folder` names and return name to content.
 
@@ -55,8 +68,11 @@ def verify(folder: str | os.PathLike) -> dict[str, bytes]:
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} holds no {MANIFEST}: it is not a whole folder that slm_lib saved")
     try:
-        manifest = dict(json.loads((folder / MANIFEST).read_bytes()))
-    except ValueError:
+        stored = (folder / MANIFEST).read_bytes()
+        manifest = dict(json.loads(stored))
+        if _json(manifest) != stored:  # it is read as it was written, to the last byte
+            raise ValueError
+    except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{folder / MANIFEST} is damaged: take an earlier checkpoint") from None
     files = {}
     for name, expected in manifest.items():

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -68,12 +69,10 @@ def enough_memory(advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        told = str(error)
-        if isinstance(error, RuntimeError) and not any(words in told for words in OUT_OF_MEMORY):
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
-    else:
-        return
-    raise MemoryError(f"the memory of this machine does not suffice: {advice}")  # outside, so that all is let go first
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
+        raise MemoryError(f"the memory of this machine does not suffice: {advice}") from None
 
 
 @contextmanager

@@ -106,3 +106,24 @@ def test_a_full_disk_leaves_what_was_there_and_no_half_folder(saved, tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     checkpoints.load_model(saved)
+
+
+def test_what_a_kill_left_unfinished_is_swept_and_nothing_else(saved, tmp_path):
+    for name in (".step-000002.1a2b.unfinished", ".model.77.unfinished", ".git", "step-000002"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_bytes(b"half")
+    assert checkpoints.sweep(tmp_path) == 2 and checkpoints.sweep(tmp_path) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".git", "model", "step-000002"]
+    checkpoints.load_model(saved)
+    assert checkpoints.sweep(tmp_path / "nowhere") == 0
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text[:-1], lambda text: text + b" ", lambda text: text.replace(b'": "', b'":"'), lambda text: b"[]",
+    lambda text: b"3", lambda text: b"{}", lambda text: b"[" * 100_000, lambda text: b"",
+], ids=["cut", "longer", "respaced", "list", "number", "empty object", "deep", "empty"])  # fmt: skip
+def test_a_manifest_is_read_as_it_was_written_to_the_last_byte(saved, damage):
+    manifest = saved / "manifest.json"
+    manifest.write_bytes(damage(manifest.read_bytes()))
+    with pytest.raises(ValueError, match="model"):
+        checkpoints.load_model(saved)

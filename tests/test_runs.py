@@ -1,0 +1,118 @@
+"""A run goes on from its checkpoints, with other settings too, and whatever ends it, the last good one stays."""
+
+import json
+import os
+
+import pytest
+
+from slm_lib import checkpoints, runs
+from slm_lib.__main__ import main
+
+TINY = ["--corpus", "mine.txt", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16",
+        "--batch-size", "4", "--device", "cpu", "--out", "out", "--eval-interval", "3"]  # fmt: skip
+RESUME = ["--corpus", "mine.txt", "--device", "cpu", "--resume", "out"]
+WILD = ["--learning-rate", "10", "--weight-decay", "10", "--warmup-iters", "0", "--schedule", "constant"]
+
+
+@pytest.fixture
+def slm(tmp_path, monkeypatch, capsys):
+    """The command line, in this process: words to (what it printed, what it died of)."""
+    (tmp_path / "mine.txt").write_text("Now is the winter of our discontent\nMade glorious summer;\n" * 60)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["slm_lib", *words])
+        died = ""
+        try:
+            main()
+        except SystemExit as error:
+            died = str(error.code)
+        printed = capsys.readouterr()
+        return printed.out + printed.err, died
+
+    return call
+
+
+def folders(place="out"):
+    return sorted(os.listdir(place))
+
+
+def test_a_training_that_breaks_down_says_where_and_goes_on_from_the_last_good_checkpoint(slm):
+    _, died = slm("train", *TINY, *WILD, "--max-iters", "40")
+    assert "training broke down: the " in died and "is no longer finite" in died and "at step " in died
+    assert "python -m slm_lib train --resume out --learning-rate 3.3" in died and folders()[-1].startswith("step-")
+    newest = runs.kept_checkpoints(runs.Path("out"))[-1]
+    model, _, _ = checkpoints.load_model(newest)
+    assert all(weight.isfinite().all() for weight in model.parameters())
+    died = slm("train", *RESUME, "--max-iters", newest.name[5:])[1]
+    assert "the weights have grown beyond half precision" in died and "model" not in folders()
+
+
+def test_weights_that_are_not_finite_are_never_saved_and_the_run_goes_on_from_before(slm, monkeypatch):
+    told, _ = slm("train", *TINY, "--max-iters", "6")
+    loss = told.split("validation text of mine: ")[1].splitlines()[0]
+    os.rename("out", "straight")
+    update = runs.training.Trainer.update
+
+    def poison(self):
+        value = update(self)
+        if self.step == 6:
+            self.model.head.weight.data[0, 0] = float("inf")
+        return value
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.training.Trainer, "update", poison)
+        _, died = slm("train", *TINY, "--max-iters", "6")
+    assert "the weight head.weight is no longer finite after step 6: not saved; the last checkpoint is good" in died
+    assert folders() == ["step-000003"]
+    printed, died = slm("train", *RESUME)
+    assert died == "" and loss in printed
+
+
+def test_a_resumed_run_takes_new_settings_and_refuses_those_that_come_too_late(slm):
+    assert slm("train", *TINY, "--max-iters", "6", "--seed", "5")[1] == ""
+    runs.shutil.rmtree("out/model")
+    late = ["--seed", "1", "--n-layer", "2", "--beta1", "0.5"]
+    assert "--n-layer, --beta1, --seed cannot change half-way" in slm("train", *RESUME, *late)[1]
+    assert "learning_rate -1.0 must lie above 0" in slm("train", *RESUME, "--learning-rate", "-1")[1]
+    printed, died = slm("train", *RESUME, "--max-iters", "8", "--schedule", "cosine", "--gradient-accumulation", "2")
+    assert died == "" and "8 steps" in printed
+    stored = json.loads((runs.Path("out/step-000008") / "training.json").read_text())
+    expected = {"max_iters": 8, "schedule": "cosine", "gradient_accumulation": 2, "seed": 5}
+    assert {name: stored["config"][name] for name in expected} == expected
+    assert len(stored["history"]["losses"]) == len(stored["history"]["gradient_norms"]) == 8
+
+
+def test_a_checkpoint_of_another_version_or_optimizer_is_refused_by_name(slm):
+    assert slm("train", *TINY, "--max-iters", "3")[1] == ""
+    files = checkpoints.verify("out/step-000003")
+    state = json.loads(files["training.json"])
+    other = {**state, "config": {k: v for k, v in state["config"].items() if k != "schedule"}}
+    files["training.json"] = json.dumps(other).encode()
+    checkpoints.publish("out/step-000004", files)
+    assert "out/step-000004 was saved by another version of slm_lib" in slm("train", *RESUME)[1]
+    files["training.json"] = json.dumps({**state, "optimizer": "Muon"}).encode()
+    checkpoints.publish("out/step-000005", files)
+    assert "out/step-000005 was trained with Muon, and only AdamW is resumed" in slm("train", *RESUME)[1]
+
+
+def test_a_folder_in_use_is_not_written_into_and_leftovers_are_swept(slm):
+    os.makedirs("out/.step-000003.abc.unfinished")
+    assert slm("train", *TINY, "--max-iters", "6")[1] == "" and folders() == ["model", "step-000003", "step-000006"]
+    assert "out is in use: go on with it by --resume out" in slm("train", *TINY)[1]
+    runs.shutil.rmtree("out/model")
+    os.makedirs("out/.model.abc.unfinished")
+    (runs.Path("out/step-000006") / "optimizer.safetensors").write_bytes(b"damaged")
+    printed, died = slm("train", *RESUME)
+    assert "passed over: out/step-000006/optimizer.safetensors is missing or damaged" in printed
+    assert "out/step-000006" not in died and not [name for name in folders() if name.startswith(".")]
+
+
+def test_a_million_steps_do_not_change_which_checkpoint_is_the_newest(tmp_path):
+    for name in ("step-999999", "step-1000000", "step-000020", "step-x", "model"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in runs.kept_checkpoints(tmp_path)] == ["step-000020", "step-999999", "step-1000000"]
+
+
+def test_too_little_memory_names_the_knob(slm):
+    assert "lower batch_size, raise gradient_accumulation" in slm("train", *TINY, "--batch-size", str(10**13))[1]
