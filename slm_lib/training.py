@@ -191,9 +191,10 @@ class Trainer:
         """What to say when the loss of a batch, or a gradient, is no longer finite."""
         with _autocast(self.device, self.config.precision):
             found = next(filter(None, (first_not_finite(self.model, *piece) for piece in self._pieces(x, y))), None)
+        found = found or ("the length of all gradients together" if math.isfinite(loss) else "the loss")
         return (
-            f"training broke down: {found or 'the length of all gradients together'} is no longer finite (loss "
-            f"{loss:.3g}) at step {self.step}: try a lower learning_rate, more warmup_iters or a lower grad_clip"
+            f"training broke down: {found} is no longer finite (loss {loss:.3g}) at step {self.step}: "
+            "try a lower learning_rate, more warmup_iters or a lower grad_clip"
         )
 
     def run(self, callback: Callable[["Trainer"], object] | None = None, progress: bool = True) -> History:
