@@ -1,11 +1,12 @@
-"""What size buys and costs: models of four sizes on little, middling and much text, at equal steps and at equal time.
+"""What size buys and costs: models of four sizes on little, middling and much text.
 
-    OMP_NUM_THREADS=1 python benchmarks/sizes.py        (about 8 minutes on one core)
+    OMP_NUM_THREADS=1 python benchmarks/sizes.py        (about 5 minutes on one core)
 
 The text is playhouse, drawn afresh: each seed has its own training text, the learning rates are chosen on a text of
-their own, and nothing is chosen on the test text, whose floor is known exactly. Study "equal steps" trains each size
-on each amount of text for the same number of steps; study "equal time" gives each smaller size, on much text, as many
-steps as it makes in the processor time of the largest. A program that was interrupted goes on where it stopped.
+their own, and nothing is chosen on the test text, whose floor is known exactly. All runs have the same number of steps
+and, after the warm-up, a constant learning rate: so each point of a curve is where a shorter run would have ended, and
+sizes can be compared at the same steps, the same operations or the same seconds. A program that was interrupted goes on
+where it stopped.
 """
 
 import json
@@ -29,10 +30,12 @@ SIZES = {
     "90k": {"n_layer": 3, "n_head": 3, "n_embd": 48},
     "318k": {"n_layer": 4, "n_head": 4, "n_embd": 80},
 }
-TEXTS = {"little": 10_000, "middle": 60_000, "much": 1_000_000}  # characters
-BLOCK_SIZE, TEST_CHARACTERS, GLANCE = 64, 40_000, 6_000
-TRAINING = training.TrainingConfig(batch_size=16, max_iters=350, warmup_iters=35, eval_interval=50)
-LEARNING_RATES = [1e-3, 3e-3, 1e-2, 3e-2, 9e-2]
+TEXTS = {"little": 8_000, "middle": 60_000, "much": 1_000_000}  # characters
+BLOCK_SIZE, TEST_CHARACTERS, GLANCE = 64, 30_000, 5_000
+TRAINING = training.TrainingConfig(
+    batch_size=16, max_iters=250, warmup_iters=25, eval_interval=25, schedule="constant"
+)
+LEARNING_RATES, TUNING_STEPS = [1e-3, 3e-3, 1e-2, 3e-2, 9e-2], 125
 TUNING_SEED, SCORING_SEED, TEST_SEED = 500, 501, 900  # of the texts that choose learning rates, and of the last one
 TOKENIZER = CharTokenizer(playhouse.SYMBOLS)
 
@@ -48,9 +51,9 @@ def build(size: str, seed: int, block_size: int = BLOCK_SIZE) -> GPT:
     return GPT(GPTConfig.modern(vocab_size=TOKENIZER.vocab_size, block_size=block_size, **SIZES[size]))
 
 
-def run(size: str, train_ids, scored_ids, learning_rate: float, seed: int, steps: int = TRAINING.max_iters) -> dict:
+def run(size: str, train_ids, scored_ids, learning_rate: float, seed: int, steps: int) -> dict:
     """Train one model and score it; its curve holds (step, training loss, held-out loss) on parts of the texts."""
-    config = replace(TRAINING, learning_rate=learning_rate, seed=seed, max_iters=steps, eval_interval=steps // 7)
+    config = replace(TRAINING, learning_rate=learning_rate, seed=seed, max_iters=steps)
     trainer, curve = training.Trainer(build(size, seed), train_ids, config), []
 
     def glance(trainer):
@@ -72,15 +75,15 @@ def run(size: str, train_ids, scored_ids, learning_rate: float, seed: int, steps
     }  # fmt: skip
 
 
-def choose_learning_rate(size: str, train_ids, scored_ids) -> list[dict]:
-    """The runs that bracket the best learning rate, the best first."""
+def try_learning_rates(size: str, train_ids, scored_ids) -> list[dict]:
+    """Runs that bracket the best learning rate: both its neighbours are among them, where the list has them."""
     tried, wanted = {}, {1, 2}
     while wanted:
         for i in wanted:
-            tried[i] = run(size, train_ids, scored_ids, LEARNING_RATES[i], TUNING_SEED)
+            tried[i] = run(size, train_ids, scored_ids, LEARNING_RATES[i], TUNING_SEED, TUNING_STEPS)
         best = min(tried, key=lambda i: tried[i]["held_out_loss"])
         wanted = {best - 1, best + 1} & set(range(len(LEARNING_RATES))) - set(tried)
-    return sorted(tried.values(), key=lambda row: row["held_out_loss"])
+    return list(tried.values())
 
 
 def seconds_per_step(ids) -> dict[str, float]:
@@ -94,6 +97,12 @@ def seconds_per_step(ids) -> dict[str, float]:
                 trainer.update()
             seconds[size].append((time.process_time() - began) / 4)
     return {size: round(min(values), 5) for size, values in seconds.items()}
+
+
+def chosen_rates(rows: list[dict]) -> dict[str, float]:
+    """The learning rate that did best on the tuning text, for each size."""
+    tried = sorted((row for row in rows if row["scored"] == "tuning text"), key=lambda row: -row["held_out_loss"])
+    return {row["size"]: row["learning_rate"] for row in tried}
 
 
 def finished(name: str, config: dict) -> dict:
@@ -111,26 +120,23 @@ def main() -> None:
     tuning_ids, scoring_ids = encoded(much, TUNING_SEED), encoded(TEST_CHARACTERS, SCORING_SEED)
     config = {"sizes": SIZES, "design": "modern", "block_size": BLOCK_SIZE, "texts": TEXTS, "seeds": SEEDS,
               "training": asdict(TRAINING), "learning_rates": LEARNING_RATES, "test_characters": len(test),
-              "glance": GLANCE, "text_seeds": {"tuning": TUNING_SEED, "scoring": SCORING_SEED, "test": TEST_SEED}}
+              "glance": GLANCE, "tuning_steps": TUNING_STEPS,
+              "text_seeds": {"tuning": TUNING_SEED, "scoring": SCORING_SEED, "test": TEST_SEED}}
     before = finished("sizes", config)
     rows = before.get("rows", [])
     cost = before.get("seconds_per_step") or seconds_per_step(tuning_ids)
     facts = {"floor": round(-playhouse.log_prob(test) / len(test), 4), "seconds_per_step": cost}
-    rates = {row["size"]: row["learning_rate"] for row in rows if row["study"] != "learning rate"}
     for size in tqdm(SIZES, desc="learning rates"):
-        if size not in rates:
-            tried = choose_learning_rate(size, tuning_ids, scoring_ids)
-            rates[size] = tried[0]["learning_rate"]
-            rows += [{"study": "learning rate", "scored": "tuning text", "text": "much", **row} for row in tried]
-    plan = [("equal steps", size, text, seed) for size in SIZES for text in TEXTS for seed in SEEDS]
-    plan += [("equal time", size, "much", seed) for size in list(SIZES)[:-1] for seed in SEEDS]
-    done = {(row["study"], row["size"], row["text"], row["seed"]) for row in rows}
-    for study, size, text, seed in tqdm([one for one in plan if one not in done]):
-        steps = TRAINING.max_iters
-        if study == "equal time":
-            steps = round(steps * max(cost.values()) / cost[size])
-        row = run(size, encoded(TEXTS[text], seed), test_ids, rates[size], seed, steps)
-        rows.append({"study": study, "scored": "test text", "text": text, **row})
+        if not any(row["size"] == size for row in rows):
+            tried = try_learning_rates(size, tuning_ids, scoring_ids)
+            rows += [{"scored": "tuning text", "text": "much", **row} for row in tried]
+            record.save("sizes", config, rows, **facts)
+    rates = chosen_rates(rows)
+    done = {(row["size"], row["text"], row["seed"]) for row in rows if row["scored"] == "test text"}
+    plan = [(size, text, seed) for seed in SEEDS for size in SIZES for text in TEXTS]
+    for size, text, seed in tqdm([one for one in plan if one not in done]):
+        row = run(size, encoded(TEXTS[text], seed), test_ids, rates[size], seed, TRAINING.max_iters)
+        rows.append({"scored": "test text", "text": text, **row})
         record.save("sizes", config, rows, **facts)
     assert all(math.isfinite(row["held_out_loss"]) for row in rows)
 

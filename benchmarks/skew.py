@@ -7,7 +7,8 @@ trade goes with "his" or "her" at a share that is planted and known: a line `pro
 trades are rare. Every size learns from much text and from little, over five seeds. What a model does with the skew is
 measured on scenes that nobody trained on, the same for each trade: only the word for the trade is exchanged, and the
 share of "his" is read off the model's probabilities after the letter h, where the choice falls. The grammar itself,
-asked in the same way, answers with the planted share: it is what a perfect model says.
+asked in the same way, answers with the planted share: it is what a perfect model says. Learning rates are those that
+`benchmarks/sizes.py` chose.
 """
 
 import os
@@ -133,8 +134,7 @@ def run(size: str, text: str, fresh: str, learning_rate: float, seed: int, write
 
 def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    grammar, before = planted_grammar(), check.result("sizes")
-    rates = {row["size"]: row["learning_rate"] for row in before["rows"] if row["study"] == "equal steps"}
+    grammar, rates = planted_grammar(), sizes.chosen_rates(check.result("sizes")["rows"])
     fresh = draw(grammar, 20_000, FRESH_SEED)
     config = {"planted": PLANTED, "rare": RARE, "often": OFTEN, "texts": TEXTS, "sizes": sizes.SIZES, "seeds": SEEDS,
               "block_size": BLOCK_SIZE, "training": asdict(TRAINING), "learning_rates": rates, "contexts": CONTEXTS,
@@ -142,7 +142,7 @@ def main() -> None:
     rows = sizes.finished("skew", config).get("rows", [])
     facts = {"floor": round(-grammar.log_prob(fresh) / len(fresh), 4), "curve": ["step", *PLANTED]}
     done = {(row["size"], row["amount"], row["seed"]) for row in rows}
-    plan = [(size, amount, seed) for amount in TEXTS for size in sizes.SIZES for seed in SEEDS]
+    plan = [(size, amount, seed) for seed in SEEDS for size in sizes.SIZES for amount in TEXTS]
     for size, amount, seed in tqdm([one for one in plan if one not in done]):
         row = run(size, draw(grammar, TEXTS[amount], seed), fresh, rates[size], seed, writes=amount == "much")
         rows.append({"amount": amount, **row})
