@@ -7,9 +7,10 @@ Studies on Shakespeare, every run scored on a block cut from the end of the trai
 - "grid": learning rate x layers x width x batch size, two seeds each. Every run has the same time, as
   `cost` estimates it for a processor of a fixed speed, so that a small model makes more steps; the loss is kept at each
   rung of the way.
+- "wider": a smaller grid beyond the edge of the first, where its best settings lie, two seeds each.
 - "noise": the baseline of the next study over eight seeds.
 - "alone": each hyperparameter turned by itself, three seeds, the rest (the number of steps too) as in the baseline.
-- "fresh": the eight settings of the grid with the lowest means, again, on six seeds that the grid did not see.
+- "fresh": the eight settings of both grids with the lowest means, again, on six seeds that the grids did not see.
 - "chosen": the one of these with the lowest mean, on eight further seeds; it alone is scored on the validation text.
 """
 
@@ -35,6 +36,7 @@ SPACE = {
     "n_embd": [16, 48, 96],
     "batch_size": [8, 16, 32],
 }
+BEYOND = {"learning_rate": [2.2e-2, 4.6e-2, 1e-1], "n_layer": [1], "n_embd": [16, 32], "batch_size": [32, 64]}
 BASELINE = {
     "batch_size": 16, "block_size": 32, "max_iters": 400, "learning_rate": 1e-2, "n_embd": 48, "n_head": 3,
     "n_layer": 2, "dropout": 0.0, "weight_decay": 0.1, "warmup_iters": 40,
@@ -59,11 +61,11 @@ RECIPE = ("batch_size", "max_iters", "learning_rate", "weight_decay", "warmup_it
 ROWS = record.ROOT / "results" / "search" / "result.json"
 
 
-def settings() -> list[dict]:
-    """Every combination of the space, learning rates innermost."""
+def settings(space: dict) -> list[dict]:
+    """Every combination of a space, learning rates innermost."""
     return [{"learning_rate": rate, "n_layer": n_layer, "n_embd": n_embd, "batch_size": batch_size}
-            for n_layer in SPACE["n_layer"] for n_embd in SPACE["n_embd"]
-            for batch_size in SPACE["batch_size"] for rate in SPACE["learning_rate"]]
+            for n_layer in space["n_layer"] for n_embd in space["n_embd"]
+            for batch_size in space["batch_size"] for rate in space["learning_rate"]]
 
 
 def completed(setting: dict) -> dict:
@@ -86,11 +88,11 @@ def run(setting: dict, seed: int, train_ids, held_out) -> tuple[dict, GPT]:
             "seconds": round(time.process_time() - began, 2)}, model
 
 
-def lowest(rows: list[dict], study: str, keys: tuple) -> list[tuple]:
-    """The settings of a study from the lowest mean loss to the highest, each as its values in the order of `keys`."""
+def lowest(rows: list[dict], studies: tuple, keys: tuple) -> list[tuple]:
+    """The settings of some studies from the lowest mean loss up, each as its values in the order of `keys`."""
     found = {}
     for row in rows:
-        if row["study"] == study:
+        if row["study"] in studies:
             found.setdefault(tuple(row[key] for key in keys), []).append(9.9 if row["loss"] is None else row["loss"])
     return sorted(found, key=lambda key: statistics.fmean(found[key]))
 
@@ -103,8 +105,8 @@ def main() -> None:
     fit, held_out = train_ids[:-TUNING_CHARACTERS], train_ids[-TUNING_CHARACTERS:]
     rows = json.loads(ROWS.read_text(encoding="utf-8"))["rows"] if ROWS.exists() else []
     done = {(row["study"], row["seed"], json.dumps(row["changed"])) for row in rows}
-    config = {"corpus": corpus.name, "seconds": SECONDS, "speed": asdict(SPEED), "space": SPACE, "baseline": BASELINE,
-              "tuning_characters": TUNING_CHARACTERS}
+    config = {"corpus": corpus.name, "seconds": SECONDS, "speed": asdict(SPEED), "space": SPACE, "beyond": BEYOND,
+              "baseline": BASELINE, "tuning_characters": TUNING_CHARACTERS}
 
     def measure(study: str, seeds, changes: list[dict]) -> None:
         for seed in seeds:
@@ -121,12 +123,14 @@ def main() -> None:
             record.save("search", config, rows)
             print(study, "seed", seed, "done", flush=True)
 
-    measure("grid", GRID_SEEDS, settings())
+    inside = settings(SPACE)
+    measure("grid", GRID_SEEDS, inside)
+    measure("wider", GRID_SEEDS, [setting for setting in settings(BEYOND) if setting not in inside])
     measure("noise", NOISE_SEEDS, [{}])
     measure("alone", ALONE_SEEDS, [{name: value} for name, values in ALONE.items() for value in values])
-    top = [dict(zip(SPACE, values, strict=True)) for values in lowest(rows, "grid", tuple(SPACE))[:8]]
+    top = [dict(zip(SPACE, values, strict=True)) for values in lowest(rows, ("grid", "wider"), tuple(SPACE))[:8]]
     measure("fresh", FRESH_SEEDS, top)
-    measure("chosen", FINAL_SEEDS, [dict(zip(SPACE, lowest(rows, "fresh", tuple(SPACE))[0], strict=True))])
+    measure("chosen", FINAL_SEEDS, [dict(zip(SPACE, lowest(rows, ("fresh",), tuple(SPACE))[0], strict=True))])
 
 
 if __name__ == "__main__":
