@@ -33,7 +33,7 @@ TEXTS = {"little": 20_000, "much": 1_000_000}  # characters
 BLOCK_SIZE, CONTEXTS, FRESH_SEED = 48, 150, 900
 TEMPERATURES = [1.0, 0.5]
 ROWS, LENGTH = 32, 150  # of what each model writes, at each temperature
-TRAINING = training.TrainingConfig(batch_size=16, max_iters=700, warmup_iters=70, eval_interval=100)
+TRAINING = training.TrainingConfig(batch_size=16, max_iters=600, warmup_iters=60, eval_interval=100)
 CHOICE = re.compile(rf"\bthe ({'|'.join(PLANTED)}) has \w+ h(?=is |er )")
 WORDS = ("hero", "on", "hero-end", "sold", "tool")  # the rules taken over from playhouse
 I, E = sizes.TOKENIZER.encode("ie").tolist()
