@@ -79,8 +79,8 @@ def enough_memory(advice: str) -> Iterator[None]:
 def interrupts(patient: bool = False) -> Iterator[threading.Event]:
     """Within it, a first Ctrl-C sets the event it yields instead of breaking into an update; a second breaks.
 
-    The patient one takes any number of them, and after it they are ignored where there was one: torchrun interrupts
-    its processes a second time while they are saving, and ends them itself if that takes too long.
+    The patient one takes any number of them, and stays deaf after it where there was one: of several processes that
+    train together none may leave before all have ended the step, and the first then saves.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -1,5 +1,6 @@
 """Two processes train what one trains: the same losses and weights, and they stop, break down and save as one."""
 
+import contextlib
 import json
 import os
 import signal
@@ -90,10 +91,17 @@ WORKER = textwrap.dedent("""
 """)
 
 
-def torchrun(*words, **options) -> subprocess.Popen:
+@contextlib.contextmanager
+def torchrun(*words):
+    """Two processes under way; none outlives the test."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
-    return subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)  # fmt: skip
+    running = subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    try:
+        yield running
+    finally:
+        running.terminate()  # nothing where it has ended; torchrun ends its processes, at last with a kill
+        running.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +109,8 @@ def found(tmp_path_factory):
     """What each of two processes found, in one start of both."""
     place = tmp_path_factory.mktemp("ranks")
     (place / "worker.py").write_text(WORKER.format(tests=os.path.dirname(__file__), out=str(place / "rank")))
-    running = torchrun(str(place / "worker.py"))
-    _, errors = running.communicate(timeout=300)
+    with torchrun(str(place / "worker.py")) as running:
+        _, errors = running.communicate(timeout=150)
     assert running.returncode == 0, errors
     return [json.loads((place / f"rank{rank}").read_text()) for rank in (0, 1)]
 
@@ -129,7 +137,7 @@ def test_only_the_first_process_calls_the_callback(found):
 def test_all_stop_together_whoever_is_asked(found):
     assert [found[rank]["wish"] for rank in (0, 1)] == [[4, False]] * 2
     assert [found[rank]["interrupt"][:2] for rank in (0, 1)] == [[8, True]] * 2
-    assert [found[rank]["interrupt"][2] for rank in (0, 1)] == [False, True]  # torchrun sends a second one
+    assert [found[rank]["interrupt"][2] for rank in (0, 1)] == [False, True]  # it stays deaf while the first saves
 
 
 def test_all_break_down_together(found):
@@ -173,10 +181,10 @@ def slm(monkeypatch, *words) -> None:
 
 def test_the_command_line_under_torchrun(place, monkeypatch, capsys):
     words = ["train", *TINY, "--max-iters", "12", "--eval-interval", "5"]
-    running = torchrun("-m", "slm_lib", *words, "--gradient-accumulation", "2", "--out", "two")
-    slm(monkeypatch, *words, "--out", "one")
-    capsys.readouterr()
-    output, errors = running.communicate(timeout=300)
+    with torchrun("-m", "slm_lib", *words, "--gradient-accumulation", "2", "--out", "two") as running:
+        slm(monkeypatch, *words, "--out", "one")
+        capsys.readouterr()
+        output, errors = running.communicate(timeout=150)
     assert running.returncode == 0, errors
     assert output.count("corpus: mine") == output.count("loss on the whole validation text") == 1
     assert "on 2 processes (cpu); 12 steps of 4 x 16 tokens" in output
@@ -187,12 +195,12 @@ def test_the_command_line_under_torchrun(place, monkeypatch, capsys):
 
 def test_an_interrupt_of_torchrun_saves_once_and_one_process_can_go_on(place, monkeypatch, capsys):
     words = ["train", *TINY, "--max-iters", "100000", "--eval-interval", "50", "--out", "out"]
-    running = torchrun("-m", "slm_lib", *words, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not runs.kept_checkpoints(place / "out") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.killpg(running.pid, signal.SIGINT)  # what Ctrl-C does: torchrun and both processes get it
-    output, errors = running.communicate(timeout=60)
+    with torchrun("-m", "slm_lib", *words) as running:
+        deadline = time.monotonic() + 120
+        while not runs.kept_checkpoints(place / "out") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)  # torchrun hands it on to its processes, which have sessions of their own
+        output, errors = running.communicate(timeout=60)
     assert output.count("stopped after step") == 1, errors
     newest = runs.kept_checkpoints(place / "out")[-1]
     assert f"{int(newest.name[5:]):,}" in output and "model" not in os.listdir("out")
