@@ -142,7 +142,7 @@ def main() -> None:
     rows = sizes.finished("skew", config).get("rows", [])
     facts = {"floor": round(-grammar.log_prob(fresh) / len(fresh), 4), "curve": ["step", *PLANTED]}
     done = {(row["size"], row["amount"], row["seed"]) for row in rows}
-    plan = [(size, amount, seed) for seed in SEEDS for size in sizes.SIZES for amount in TEXTS]
+    plan = [(size, amount, seed) for amount in reversed(TEXTS) for seed in SEEDS for size in sizes.SIZES]
     for size, amount, seed in tqdm([one for one in plan if one not in done]):
         row = run(size, draw(grammar, TEXTS[amount], seed), fresh, rates[size], seed, writes=amount == "much")
         rows.append({"amount": amount, **row})
