@@ -10,7 +10,7 @@ Studies on Shakespeare, every run scored on a block cut from the end of the trai
 - "wider": a smaller grid beyond the edge of the first, where its best settings lie, two seeds each.
 - "noise": the baseline of the next study over eight seeds.
 - "alone": each hyperparameter turned by itself, three seeds, the rest (the number of steps too) as in the baseline.
-- "fresh": the eight settings of both grids with the lowest means, again, on six seeds that the grids did not see.
+- "fresh": the six settings of both grids with the lowest means, again, on six seeds that the grids did not see.
 - "chosen": the one of these with the lowest mean, on eight further seeds; it alone is scored on the validation text.
 """
 
@@ -53,7 +53,7 @@ ALONE = {
     "weight_decay": [0.0, 1.0],
     "warmup_iters": [0, 160],
 }
-GRID_SEEDS, NOISE_SEEDS, ALONE_SEEDS = [0, 1], range(8), range(3)
+GRID_SEEDS, NOISE_SEEDS, ALONE_SEEDS = [0, 1], range(8), [0, 1, 2]
 FRESH_SEEDS, FINAL_SEEDS = range(100, 106), range(200, 208)
 TUNING_CHARACTERS = 16_384
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
@@ -118,19 +118,24 @@ def main() -> None:
                 if study == "chosen":
                     row["validation"] = round(evaluate(model, val_ids), 4)
                 rows.append({"study": study, "seed": seed, "changed": changed, **setting, **row})
-                if i % 20 == 19:
+                if i % 10 == 9:
                     record.save("search", config, rows)
             record.save("search", config, rows)
             print(study, "seed", seed, "done", flush=True)
 
-    inside = settings(SPACE)
-    measure("grid", GRID_SEEDS, inside)
-    measure("wider", GRID_SEEDS, [setting for setting in settings(BEYOND) if setting not in inside])
+    inside, shallow = settings(SPACE), [setting for setting in settings(SPACE) if setting["n_layer"] < 4]
+    beyond = [setting for setting in settings(BEYOND) if setting not in inside]
+    turned = [{name: value} for name, values in ALONE.items() for value in values]
+    measure("grid", [0], inside)
+    measure("grid", [1], shallow)  # where the best ones are
+    measure("wider", GRID_SEEDS, beyond)
     measure("noise", NOISE_SEEDS, [{}])
-    measure("alone", ALONE_SEEDS, [{name: value} for name, values in ALONE.items() for value in values])
-    top = [dict(zip(SPACE, values, strict=True)) for values in lowest(rows, ("grid", "wider"), tuple(SPACE))[:8]]
+    measure("alone", ALONE_SEEDS[:2], turned)
+    top = [dict(zip(SPACE, values, strict=True)) for values in lowest(rows, ("grid", "wider"), tuple(SPACE))[:6]]
     measure("fresh", FRESH_SEEDS, top)
     measure("chosen", FINAL_SEEDS, [dict(zip(SPACE, lowest(rows, ("fresh",), tuple(SPACE))[0], strict=True))])
+    measure("alone", ALONE_SEEDS, turned)
+    measure("grid", GRID_SEEDS, inside)
 
 
 if __name__ == "__main__":
