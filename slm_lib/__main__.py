@@ -1,4 +1,4 @@
-"""The command line: python -m slm_lib download | train | evaluate | generate | run-notebooks | record-notebooks."""
+"""The command line: python -m slm_lib download | train | tune | evaluate | generate | run- or record-notebooks."""
 
 import argparse
 import os
@@ -41,6 +41,13 @@ def download(args: argparse.Namespace) -> None:
         print(f"Shakespeare could not be fetched ({reason}), so the notebooks will learn from playhouse")
 
 
+def tune(args: argparse.Namespace) -> None:
+    """Search for better settings, together with every other process that was started with the same storage and name."""
+    from slm_lib import study  # imported late: Optuna is not needed by the other commands
+
+    study.tune(args)
+
+
 def run_notebooks(args: argparse.Namespace) -> None:
     from slm_lib import notebooks  # imported late: Jupyter's machinery is not needed by the other commands
 
@@ -61,6 +68,18 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(call=runs.train)
     command.add_argument("--out", type=Path, help="where checkpoints and model go; by default a new folder in runs/")
     command.add_argument("--resume", type=Path, metavar="FOLDER", help="go on from the newest checkpoint in FOLDER")
+    runs.add_arguments(command)
+    command = commands.add_parser("tune", help="search for better settings; start it several times to search faster")
+    command.set_defaults(call=tune)
+    command.add_argument("--trials", type=int, default=30, help="how many finished trials to end with (default 30)")
+    command.add_argument("--search", action="append", metavar="NAME=RANGE", help="a setting to search, and where: "
+                         "learning_rate=1e-4:1e-2 or n_layer=2,4,6; may be repeated (default: learning_rate, "
+                         "weight_decay and dropout)")  # fmt: skip
+    command.add_argument("--storage", default="runs/study.log", help="a journal file or the URL of a database, such as "
+                         "sqlite:///study.db (default runs/study.log)")  # fmt: skip
+    command.add_argument("--name", default="study", help="the study's name in the storage (default study)")
+    command.add_argument("--pruner", default="median", choices=["median", "halving", "none"], help="what stops a trial "
+                         "early: worse than half of the others, not among the better half, nothing")  # fmt: skip
     runs.add_arguments(command)
     newest = Path("models/shakespeare-cpu")
     command = commands.add_parser("evaluate", help="the loss of a model on the whole validation text")

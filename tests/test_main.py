@@ -96,5 +96,6 @@ def test_help_names_every_command_and_setting(place):
 
 
 def test_importing_the_package_is_light():
-    program = "import sys, slm_lib; print([m for m in ('matplotlib', 'ipywidgets', 'IPython') if m in sys.modules])"
+    heavy = ("matplotlib", "ipywidgets", "IPython", "optuna", "sqlalchemy")
+    program = f"import sys, slm_lib.__main__; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
