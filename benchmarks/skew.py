@@ -32,7 +32,7 @@ RARE, OFTEN = ("cooper", "brewer"), 10  # every other trade is drawn so many tim
 TEXTS = {"little": 20_000, "much": 1_000_000}  # characters
 BLOCK_SIZE, CONTEXTS, FRESH_SEED = 48, 150, 900
 TEMPERATURES = [1.0, 0.5]
-ROWS, LENGTH = 32, 150  # of what each model writes, at each temperature
+ROWS, LENGTH = 32, 120  # of what each model writes, at each temperature
 TRAINING = training.TrainingConfig(batch_size=16, max_iters=600, warmup_iters=60, eval_interval=100)
 CHOICE = re.compile(rf"\bthe ({'|'.join(PLANTED)}) has \w+ h(?=is |er )")
 WORDS = ("hero", "on", "hero-end", "sold", "tool")  # the rules taken over from playhouse
@@ -142,7 +142,7 @@ def main() -> None:
     rows = sizes.finished("skew", config).get("rows", [])
     facts = {"floor": round(-grammar.log_prob(fresh) / len(fresh), 4), "curve": ["step", *PLANTED]}
     done = {(row["size"], row["amount"], row["seed"]) for row in rows}
-    plan = [(size, amount, seed) for amount in reversed(TEXTS) for seed in SEEDS for size in sizes.SIZES]
+    plan = [(size, amount, seed) for size in sizes.SIZES for amount in reversed(TEXTS) for seed in SEEDS]
     for size, amount, seed in tqdm([one for one in plan if one not in done]):
         row = run(size, draw(grammar, TEXTS[amount], seed), fresh, rates[size], seed, writes=amount == "much")
         rows.append({"amount": amount, **row})
