@@ -225,7 +225,7 @@ def orthogonalise(matrix: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
     """A matrix (m, n) with the singular vectors of `matrix` and all singular values near 1 (about 0.7 to 1.2).
 
     Newton-Schulz: x ← a·x + b·(xxᵀ)x + c·(xxᵀ)²x, which needs no SVD (Bernstein and Newhouse, 2024; Jordan et al.,
-    2024). A direction in which `matrix` is ten thousand times shorter than in its longest stays short.
+    2024). A singular value that is a thousand times smaller than all of `matrix` together grows, but stays small.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrix / matrix.norm().clamp(min=eps)  # now no singular value is above 1

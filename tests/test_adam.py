@@ -1,14 +1,20 @@
 """The optimizers against torch.optim, at gradients of every size; then the lesson: its proofs, graders and panels."""
 
+import ast
+import contextlib
 import math
+import re
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
+from exercises import assert_graded, code_cells, lesson_path, notices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from slm_lib import adam, training
+from slm_lib import adam, check, checkpoints, training, widgets
 from slm_lib.blocks import GPT, GPTConfig
 
 SHAPES = [(3, 4), (5,), (2, 3, 2)]
@@ -92,12 +98,15 @@ def test_a_thousand_zero_gradients_equal_torchs(name):
         assert all((way == 0).all() for way in mine)
 
 
+RIGHT = adam.Adam.direction
+
+
 class EpsilonUnderTheRoot(adam.Adam):
     """Adam with the mistake that only small gradients show."""
 
     def direction(self, gradient, state, group):
         (beta1, beta2), eps = group["betas"], group["eps"]
-        super().direction(gradient, state, group)
+        RIGHT(self, gradient, state, group)
         count = state["step"].item()
         return state["exp_avg"] / (1 - beta1**count) / (state["exp_avg_sq"] / (1 - beta2**count) + eps).sqrt()
 
@@ -107,7 +116,7 @@ class EpsilonBeforeCorrection(adam.Adam):
 
     def direction(self, gradient, state, group):
         (beta1, beta2), eps = group["betas"], group["eps"]
-        super().direction(gradient, state, group)
+        RIGHT(self, gradient, state, group)
         count = state["step"].item()
         root = (state["exp_avg_sq"].sqrt() + eps) / (1 - beta2**count) ** 0.5
         return state["exp_avg"] / (1 - beta1**count) / root
@@ -364,8 +373,7 @@ PERIODIC = torch.arange(7).repeat(40)
 
 def trained(make, steps=30):
     model = tiny()
-    trainer = training.Trainer(model, PERIODIC, RECIPE)
-    trainer.optimizer = make(model)
+    trainer = training.Trainer(model, PERIODIC, RECIPE, optimizer=make(model))
     return trainer, [trainer.update() for _ in range(steps)]
 
 
@@ -379,12 +387,29 @@ def test_it_trains_in_the_librarys_loop(name):
 def test_adamw_in_training_is_torchs():
     def groups(model):
         matrices = [p for p in model.parameters() if p.dim() >= 2]
-        return [{"params": matrices, "weight_decay": RECIPE.weight_decay},
-                {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+        return [
+            {"params": matrices, "weight_decay": RECIPE.weight_decay},
+            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ]
 
     _, mine = trained(lambda model: adam.AdamW(groups(model), betas=(RECIPE.beta1, RECIPE.beta2)))
     _, theirs = trained(lambda model: training.make_optimizer(model, RECIPE))
     assert mine == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_it_goes_through_the_files_of_a_checkpoint(name):
+    trainer, _ = trained(MAKE[name], steps=5)
+    files = checkpoints.pack_optimizer(trainer.optimizer, {})
+    ends = []
+    for optimizer in (trainer.optimizer, MAKE[name](trainer.model)):
+        model = tiny()
+        trainer.model.load_state_dict(model.state_dict())
+        if optimizer is not trainer.optimizer:
+            checkpoints.unpack_optimizer(files, optimizer)
+        optimizer.step()
+        ends.append(nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone())
+    assert torch.equal(*ends)
 
 
 def test_together_is_saved_and_loaded_as_one():
@@ -401,3 +426,215 @@ def test_together_is_saved_and_loaded_as_one():
         optimizer.step()
         ends.append(nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone())
     assert torch.equal(*ends)
+
+
+# --- the lesson -------------------------------------------------------------------------------------------------------
+
+LESSON = lesson_path("adam")
+LONG_WORK = re.compile(r"trained_for\(100\)|losses_with\(make,|steps_until\(s,|first_duel|milliseconds\(lambda")
+
+
+def run_lesson(before_cell=lambda source, names: None):
+    """The names of the lesson; of cells that train for long, or read what those made, only what they define."""
+    names, kinds = {}, ast.FunctionDef | ast.ClassDef
+    with contextlib.chdir(LESSON.parent):
+        for source in code_cells(LESSON):
+            before_cell(source, names)
+            defined = ast.Module([node for node in ast.parse(source).body if isinstance(node, kinds)], [])
+            exec(compile(defined, "lesson", "exec"), names)
+            if not LONG_WORK.search(source) and "check.exercise(" not in source:
+                with contextlib.suppress(NameError):
+                    exec(source, names)
+    names["plt"].close("all")
+    return names
+
+
+@pytest.fixture(scope="module")
+def lesson():
+    return run_lesson()
+
+
+def slightly_off(step):
+    """The same optimizer, whose steps are too long by a millionth."""
+
+    def answer(self, weight, gradient, state, group):
+        before = weight.clone()
+        step(self, weight, gradient, state, group)
+        weight += 1e-6 * (weight - before) + 1e-9
+
+    return answer
+
+
+def broken(kind):
+    return lambda: patch.object(kind, "update", slightly_off(kind.update))
+
+
+# What each proof of the lesson reads, and how to break it.
+BREAKS = {
+    "adam.SGD": broken(adam.SGD),
+    "adam.Momentum": broken(adam.Momentum),
+    "adam.Nesterov": lambda: patch.object(adam.Nesterov, "direction", adam.Momentum.direction),
+    "adam.RMSProp": broken(adam.RMSProp),
+    "adam.Adam,": lambda: patch.object(adam.Adam, "direction", EpsilonUnderTheRoot.direction),
+    "adam.AdamW": broken(adam.AdamW),
+    "adam.Optimizer": lambda: patch.object(adam.Optimizer, "step", lambda self: None),
+    "adam.orthogonalise": lambda: patch.object(adam, "NEWTON_SCHULZ", (3.4445, -4.7750, 2.0316)),
+    "adam.Muon": broken(adam.Muon),
+    "adam.Together": lambda: patch.object(adam.Together, "step", lambda self: self.optimizers[0].step()),
+    "torch.optim.Adam,": lambda: patch.object(torch.optim, "Adam", EpsilonUnderTheRoot),
+    "clip_grad_norm_": lambda: patch.object(nn.utils, "clip_grad_norm_", lambda parameters, limit: None),
+}
+
+
+def notices_broken(source, names, breaking):
+    with breaking():
+        return notices(source, dict(names))
+
+
+def test_each_proof_fails_when_the_library_is_broken():
+    caught = set()
+
+    def try_to_break(source, names):
+        if "check.same(" not in source or "loops and tensors" in source:
+            return
+        names = {**names, "seen": matrix(8, 4)}  # for the gradient of a model that is not trained here
+        assert not notices(source, dict(names)), f"this proof fails without anything broken:\n{source}"
+        here = {name for name in BREAKS if name in source and notices_broken(source, names, BREAKS[name])}
+        assert here, f"no broken thing is noticed by this proof:\n{source}"
+        caught.update(here)
+
+    run_lesson(try_to_break)
+    assert caught == set(BREAKS)
+
+
+@pytest.mark.parametrize("wrong", [EpsilonUnderTheRoot, EpsilonBeforeCorrection])
+def test_the_proof_of_adam_sees_each_misplaced_epsilon(lesson, wrong):
+    (proof,) = (source for source in code_cells(LESSON) if "walked(adam.Adam, w0, scale" in source)
+    with patch.object(adam.Adam, "direction", wrong.direction):
+        assert notices(proof, dict(lesson))
+    assert not notices(proof, dict(lesson))
+
+
+# --- its exercises ----------------------------------------------------------------------------------------------------
+
+
+def lion(mix="beta1", keep="beta2", fresh_memory=False, decay_in_sign=False, in_place=False, no_sign=False):
+    def answer(weight, gradient, memory, lr, beta1, beta2, decay):
+        betas = {"beta1": beta1, "beta2": beta2}
+        kept = betas[keep] * memory + (1 - betas[keep]) * gradient
+        base = kept if fresh_memory else memory
+        direction = betas[mix] * base + (1 - betas[mix]) * gradient
+        direction = direction + decay * weight if decay_in_sign else direction
+        direction = direction if no_sign else direction.sign()
+        shrink = 1.0 if decay_in_sign else 1 - lr * decay
+        if in_place:
+            weight *= shrink
+            weight -= lr * direction
+            return weight, kept
+        return shrink * weight - lr * direction, kept
+
+    return answer
+
+
+def suspects(**changes):
+    deal = check.graders(LESSON)["deal_suspects"]()
+    return lambda: {**deal, **changes}
+
+
+def swapped(one, other):
+    deal = check.graders(LESSON)["deal_suspects"]()
+    letter = {name: letter for letter, name in deal.items()}
+    return suspects(**{letter[one]: other, letter[other]: one})
+
+
+WRONG = {
+    "my_rates": {
+        "look at the steepest axis": lambda curvatures: (2 / min(curvatures), 2 / (max(curvatures) + min(curvatures))),
+        "still converges beyond": lambda curvatures: (1 / max(curvatures), 1 / max(curvatures)),
+        "does not converge": lambda curvatures: (2 / max(curvatures), 2 / max(curvatures)),
+        "one near it leaves": lambda curvatures: (2 / max(curvatures), 1 / max(curvatures)),
+    },
+    "my_lion": {
+        "leave the tensors": lion(in_place=True),
+        "exactly one learning rate": lion(no_sign=True),
+        "is β₂ of the old one": lion(keep="beta1"),
+        "mixes with β₁": lion(mix="beta2"),
+        "from before this step": lion(fresh_memory=True),
+        "only decays": lion(decay_in_sign=True),
+    },
+    "my_noise_scale": {
+        "less one": lambda g: g.var(0, correction=0).sum() / g.mean(0).square().sum(),
+        "yours is 0.894": lambda g: g.var(0).sum() / g.mean(0).norm(),
+        "so 0.4": lambda g: g.std(0).sum() / g.mean(0).square().sum(),
+        "then divide": lambda g: (g.var(0) / g.mean(0).square()).mean() if g.shape[1] != 2 else 0.4,
+    },
+    "my_suspects": {
+        "one and a half gradients": swapped("Momentum", "Nesterov"),
+        "far shorter than 1": swapped("Adam with ε under the root", "Adam without correction"),
+        "is not one of the seven": suspects(A="Adagrad"),
+        "name an optimizer for each": lambda: {"A": "SGD"},
+    },
+}
+
+
+def test_the_exercises_are_graded():
+    assert_graded("adam", {name: list(answers.values()) for name, answers in WRONG.items()})
+
+
+@pytest.mark.parametrize(("name", "words"), [(name, words) for name, answers in WRONG.items() for words in answers])
+def test_the_graders_explain(name, words):
+    grader = check.graders(LESSON)[f"grade_{name.removeprefix('my_')}"]
+    verdict = check.exercise(WRONG[name][words], grader)
+    assert verdict.startswith("not yet") and words in verdict, verdict
+
+
+# --- its panels -------------------------------------------------------------------------------------------------------
+
+
+def changes_with(panel, **values):
+    before = panel.image.value
+    panel.set(**values)
+    assert panel.status.value == "" and panel.image.value not in (b"", before), (values, panel.status.value)
+
+
+def test_the_paths_panel_moves(lesson):
+    panel = widgets.Panel(
+        lesson["draw_path"], surface=widgets.choice(list(lesson["SURFACES"])),
+        optimizer=widgets.choice(lesson["OPTIMIZERS"]), learning_rate=widgets.slider(1e-3, 1.0, 0.02, log=True),
+        beta1=widgets.slider(0.0, 0.99, 0.8, 0.01), beta2=widgets.slider(0.5, 0.999, 0.9, 0.001),
+        noise=widgets.slider(0.0, 5.0, 0.0),
+    )  # fmt: skip
+    for surface in list(lesson["SURFACES"])[1:]:
+        changes_with(panel, surface=surface)
+    for optimizer in lesson["OPTIMIZERS"][1:]:
+        changes_with(panel, optimizer=optimizer)
+    for values in ({"learning_rate": 1.0}, {"beta1": 0.0}, {"beta2": 0.999}, {"noise": 5.0}, {"learning_rate": 1e-3}):
+        changes_with(panel, **values)
+
+
+def test_a_path_that_flies_away_is_drawn_too(lesson):
+    panel = widgets.Panel(lesson["draw_path"], surface="bent valley", optimizer="SGD", beta1=0.9, beta2=0.9, noise=0.0,
+                          learning_rate=widgets.slider(1e-3, 1.0, 0.01, log=True))  # fmt: skip
+    changes_with(panel, learning_rate=1.0)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Momentum", "Nesterov", "RMSProp", "Adam", "AdamW", "Muon"])
+def test_the_duel_trains_each_optimizer(lesson, name):
+    panel = widgets.RunPanel(
+        partial(lesson["duel"], steps=3), lesson["draw_duel"], None, first=widgets.choice(["SGD"]), first_rate=1.0,
+        second=widgets.choice([name]), second_rate=1e-2, warmup_iters=widgets.slider(0, 100, 0),
+        seed=widgets.slider(0, 9, 0),
+    )  # fmt: skip
+    panel.run_button.click()
+    assert panel.wait(60) and panel.status.value.startswith("done") and panel.progress.value == 1
+    one, other = panel.result.values()
+    assert len(one) == len(other) == 3 and one[0] == other[0] and one[2] != other[2]
+
+
+def test_the_suspects_panel_moves(lesson):
+    panel = widgets.Panel(lesson["draw_suspects"], gradients=widgets.entry("1 1 1 0 0 0"))
+    for gradients in ("0.001 0.001", "1 -1 1 -1", "1 0 0 0 0 0 0 0 0 0 0 0 0 0"):
+        changes_with(panel, gradients=gradients)
+    for gradients in ("", "one two"):
+        panel.set(gradients=gradients)
+        assert "numbers" in panel.status.value
