@@ -59,14 +59,14 @@ class GPTConfig:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{field.name} {value!r} must be a whole number of at least 1")
+            if field.type is int and (type(value) is not int or not 1 <= value < 2**63):
+                raise ValueError(f"{field.name} {value!r} must be a whole number of at least 1 (and below 2**63)")
             if field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{field.name} {value!r} must be True or False")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout!r} must be a share from 0 up to, but not including, 1")
         for name, choices in {"norm": NORMS, "position": POSITIONS, "activation": ACTIVATIONS}.items():
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in list(choices):  # a list: what cannot be hashed is refused too
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known: choose one of {', '.join(choices)}")
         if self.n_embd % self.n_head:
             raise ValueError(
@@ -77,6 +77,8 @@ class GPTConfig:
             raise ValueError(f"rotary needs an even head size, but n_embd / n_head is {self.n_embd // self.n_head}")
         if self.position == "sinusoidal" and self.n_embd % 2:
             raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
+        if self.n_layer > 1_000:
+            raise ValueError(f"n_layer {self.n_layer} would take hours to build and to train: take at most 1,000")
         rough = 12 * self.n_layer * self.n_embd**2 + (self.vocab_size + self.block_size) * self.n_embd
         if rough > LARGEST_MODEL:
             raise ValueError(f"about {rough:.0e} parameters fit on no machine here: lower n_layer or n_embd")

@@ -93,6 +93,9 @@ class Run:
     def go(self) -> None:
         """Train to the end or an interrupt. Only the first of several processes keeps and prints something."""
         trainer, folder = self.trainer, self.folder
+        if trainer.step >= trainer.config.max_iters and (folder / "model").exists():
+            print(f"this training is at its end, and {folder / 'model'} is its model: a higher --max-iters goes on")
+            return
         try:
             history = trainer.run(self.keep_checkpoint)
             if trainer.ranks.rank == 0:
@@ -114,7 +117,7 @@ class Run:
         if not math.isfinite(loss):
             raise FloatingPointError("the weights have grown beyond half precision: start anew, learning_rate lower")
         about = {"commands": self.commands, **provenance(trainer, corpus, loss, chars_per_token)}
-        saved = checkpoints.save_model(self.folder / "model", model, self.tokenizer, about, torch.float16)
+        saved = checkpoints.save_model(_new_folder(self.folder / "model"), model, self.tokenizer, about, torch.float16)
         floor = f"; floor {corpus.floor:.4f} nats per character" if corpus.floor else ""
         print(f"trained for {trainer.history.seconds:.0f} s; loss on the whole validation text of {corpus.name}: "
               f"{loss_units(loss, chars_per_token)}{floor}")

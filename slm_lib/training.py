@@ -137,6 +137,9 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.history = History()
         draw_batch(ids, 1, self.block_size, torch.Generator())  # a text that is too short is refused now, not later
+        known = getattr(getattr(model, "config", None), "vocab_size", math.inf)
+        if ids.min() < 0 or ids.max() >= known:
+            raise ValueError(f"the text holds tokens from {ids.min()} to {ids.max()}, not all of vocab_size {known}")
         self.ranks = Ranks()
         if config.batch_size % (self.ranks.count * config.gradient_accumulation):
             raise ValueError(

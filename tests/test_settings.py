@@ -22,6 +22,21 @@ def test_a_setting_that_cannot_train_is_refused_by_name(wrong):
         TrainingConfig(**wrong)
 
 
+@pytest.mark.parametrize("wrong", [
+    {"n_layer": 10**400}, {"n_layer": 10**4}, {"vocab_size": 2**63}, {"norm": ["rms"]}, {"activation": {}},
+])  # fmt: skip
+def test_a_model_of_impossible_settings_is_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        GPTConfig.gpt2(**{"vocab_size": 5, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16, **wrong})
+
+
+def test_a_text_with_tokens_that_the_model_does_not_know_is_refused():
+    model = GPT(GPTConfig.gpt2(vocab_size=4, block_size=8, n_layer=1, n_head=2, n_embd=16))
+    for ids in (IDS, -IDS):
+        with pytest.raises(ValueError, match=r"the text holds tokens from -?\d to \d, not all of vocab_size 4"):
+            Trainer(model, ids, TrainingConfig())
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_every_schedule_climbs_the_same_way_and_ends_its_own(schedule):
     config = TrainingConfig(max_iters=100, warmup_iters=10, learning_rate=0.02, schedule=schedule)
