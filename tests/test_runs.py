@@ -83,6 +83,13 @@ def test_a_resumed_run_takes_new_settings_and_refuses_those_that_come_too_late(s
     assert len(stored["history"]["losses"]) == len(stored["history"]["gradient_norms"]) == 8
 
 
+def test_a_finished_run_says_so_and_a_longer_one_keeps_both_models(slm):
+    assert slm("train", *TINY, "--max-iters", "3")[1] == ""
+    printed, died = slm("train", *RESUME)
+    assert died == "" and "this training is at its end, and out/model is its model" in printed
+    assert slm("train", *RESUME, "--max-iters", "6")[1] == "" and {"model", "model-2"} < set(folders())
+
+
 def test_a_checkpoint_of_another_version_or_optimizer_is_refused_by_name(slm):
     assert slm("train", *TINY, "--max-iters", "3")[1] == ""
     files = checkpoints.verify("out/step-000003")

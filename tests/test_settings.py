@@ -74,6 +74,17 @@ def test_gradient_accumulation_equals_the_big_batch(pieces):
         torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=0)
 
 
+def test_one_seed_gives_one_history_to_the_last_bit_with_dropout_and_pieces_too():
+    def run(seed):
+        torch.manual_seed(seed)
+        model = GPT(GPTConfig.modern(vocab_size=5, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.2))
+        config = TrainingConfig(batch_size=12, max_iters=20, gradient_accumulation=3, seed=seed, schedule="cosine")
+        history = Trainer(model, IDS, config).run(progress=False)
+        return history.losses, history.gradient_norms
+
+    assert run(1) == run(1) != run(2)
+
+
 def test_the_norm_is_the_one_before_clipping():
     trainer = train(grad_clip=1e-3)
     assert len(trainer.history.gradient_norms) == 8 and min(trainer.history.gradient_norms) > 0.01
