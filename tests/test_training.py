@@ -451,10 +451,10 @@ def run_to_the_end(panel):
 
 
 def test_the_training_panel_says_the_price_trains_and_stops(lesson):
-    space = {**lesson, "fit": IDS, "block": IDS[:100], "marks": {"uniform": math.log(5)},
+    space = {**lesson, "fit": IDS, "block": IDS[:100], "marks": {"uniform": math.log(5)}, "speed": 1e9,
              "recipe": TrainingConfig(batch_size=4, max_iters=20, learning_rate=0.01, eval_interval=10),
              "sizes": {"vocab_size": 5, "block_size": 8, "n_layer": 1, "n_head": 4, "n_embd": 16}}  # fmt: skip
-    for name in ("choices", "price", "price_tag", "train_live", "draw_run"):
+    for name in ("choices", "operations", "price_tag", "train_live", "draw_run"):
         space[name] = FunctionType(lesson[name].__code__, space, argdefs=lesson[name].__defaults__)
     knobs = {"n_layer": widgets.slider(1, 6, 1), "n_embd": widgets.slider(16, 256, 16, 16)}
     knobs |= {"learning_rate": widgets.slider(1e-4, 1.0, 0.01, log=True), "steps": widgets.slider(5, 90_000, 60)}
