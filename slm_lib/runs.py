@@ -104,6 +104,11 @@ class Run:
             resume = f"--resume {folder} --learning-rate {trainer.config.learning_rate / 3:.2g}"
             advice = f"; the last checkpoint is good: python -m slm_lib train {resume}" * bool(kept_checkpoints(folder))
             raise FloatingPointError(f"{error}{advice}") from None
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"this machine cannot compile the model ({reason}): leave out --compile") from None
         if history.interrupted:
             print(f"stopped after step {trainer.step:,}, and saved: python -m slm_lib train --resume {folder}")
         elif trainer.ranks.rank == 0:

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 
 from slm_lib import checkpoints, runs
 from slm_lib.__main__ import main
@@ -123,3 +124,12 @@ def test_a_million_steps_do_not_change_which_checkpoint_is_the_newest(tmp_path):
 
 def test_too_little_memory_names_the_knob(slm):
     assert "lower batch_size, raise gradient_accumulation" in slm("train", *TINY, "--batch-size", str(10**13))[1]
+
+
+def test_a_machine_that_cannot_compile_says_so(slm, monkeypatch):
+    def broken(*inputs):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler here\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    died = slm("train", *TINY, "--compile")[1]
+    assert died == "slm_lib: this machine cannot compile the model (no compiler here): leave out --compile"
