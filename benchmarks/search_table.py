@@ -111,8 +111,10 @@ def main() -> None:
     def measure(study: str, seeds, changes: list[dict]) -> None:
         for seed in seeds:
             for i, changed in enumerate(changes):
-                if (study, seed, json.dumps(changed)) in done:
+                key = (study, seed, json.dumps(changed))
+                if key in done:
                     continue
+                done.add(key)
                 setting = {**BASELINE, **changed} if study in ("noise", "alone") else completed(changed)
                 row, model = run(setting, seed, fit, held_out)
                 if study == "chosen":

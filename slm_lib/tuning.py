@@ -76,10 +76,10 @@ def fit_speed(layers: Sequence[int], operations: Sequence[float], seconds: Seque
     measured = np.asarray(seconds, dtype=float)
     columns = np.stack([(np.asarray(layers) + 1) / measured, np.asarray(operations) / measured], axis=1)
     (per_layer, per_operation), *_ = np.linalg.lstsq(columns, np.ones(len(measured)), rcond=None)
-    return Speed(float(per_layer), float(per_operation))
+    return Speed(max(0.0, float(per_layer)), max(0.0, float(per_operation)))  # noise must not make time run backward
 
 
-def measure_speed(updates: int = 5) -> Speed:
+def measure_speed(updates: int = 12) -> Speed:
     """The speed of this machine's processor as it is now, from a few updates of three small models."""
     measured = []
     for n_layer, n_embd in ((1, 32), (4, 32), (2, 128)):
@@ -89,7 +89,7 @@ def measure_speed(updates: int = 5) -> Speed:
             began = time.perf_counter()
             trainer.update()
             times.append(time.perf_counter() - began)
-        measured.append((n_layer, _step_operations(model, 16), statistics.median(times)))
+        measured.append((n_layer, _step_operations(model, 16), min(times)))  # the others were disturbed
     return fit_speed(*zip(*measured, strict=True))
 
 
