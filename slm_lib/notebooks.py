@@ -1,5 +1,7 @@
 """Executing the notebooks: `run` into a folder that git ignores, `record` in place, for what is committed."""
 
+import base64
+import io
 import os
 import re
 import subprocess
@@ -13,6 +15,7 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from PIL import Image
 
 from slm_lib import check
 
@@ -166,9 +169,20 @@ def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
                 data.pop(WIDGET, None)  # without a kernel, a saved view shows nothing; the picture beside it does
             for kind in [kind for kind in data if kind.startswith("text/")]:
                 data[kind] = _anonymous(data[kind])
+            if "image/png" in data:
+                data["image/png"] = _in_few_colors(data["image/png"])
             if "text" in output:
                 output.text = _anonymous(output.text)
     return notebook
+
+
+def _in_few_colors(picture: str, colors: int = 256) -> str:
+    """A PNG in base64 with a palette instead of four bytes for each pixel: a third of the size, and looks the same."""
+    with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+        small = image.convert("RGB").quantize(colors, dither=Image.Dither.NONE)
+    file = io.BytesIO()
+    small.save(file, "PNG", optimize=True)
+    return min(base64.b64encode(file.getvalue()).decode(), picture, key=len)
 
 
 def _anonymous(text: str) -> str:

@@ -1,14 +1,18 @@
 """Executing notebooks: small ones, written to a temporary folder."""
 
+import base64
+import io
 import json
 import re
 import shutil
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat import v4
+from PIL import Image
 
-from slm_lib import check, data, notebooks
+from slm_lib import check, data, notebooks, plot
 
 
 def write(path, *sources):
@@ -133,6 +137,20 @@ def test_record_wants_shakespeare(project, monkeypatch, capsys):
     assert notebooks.record(project / "notebooks", project) == 1
     assert snapshot(project) == before
     assert "not on this machine" in capsys.readouterr().out
+
+
+def test_a_stored_picture_is_small_and_looks_the_same():
+    fig, ax = plot.figure()
+    plot.heatmap(ax, np.linspace(0, 1, 400).reshape(20, 20))
+    ax.plot(np.arange(20), 10 + 9 * np.sin(np.arange(20)), color=plot.VERMILLION)
+    picture = base64.b64encode(plot.png(fig)).decode()
+    output = v4.new_output("display_data", data={"image/png": picture})
+    notebook = v4.new_notebook(cells=[v4.new_code_cell("fig", outputs=[output])])
+    stored = notebooks.normalise(notebook).cells[0].outputs[0].data["image/png"]
+    assert len(stored) < 0.6 * len(picture)
+    before, after = (np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"), dtype=float)
+                     for data in (picture, stored))  # fmt: skip
+    assert before.shape == after.shape and np.abs(before - after).mean() < 1
 
 
 def test_the_kernel_is_this_python_whatever_the_user_installed(project, monkeypatch):
