@@ -491,12 +491,24 @@ def test_the_remedy_panel_trains_on_any_length_of_text(lesson):
 
 
 def test_the_compile_panel_tells_what_compiling_costs(lesson):
-    answers = iter([(0.010, 0.02, []), (0.008, 4.02, [])])
+    answers = iter([(0.010, 0.02, [4.0, 3.0]), (0.008, 4.02, [4.0, 3.0001])])
     compiled = FunctionType(lesson["compiled"].__code__, {**lesson, "timed": lambda **choice: next(answers)})
     panel = widgets.RunPanel(compiled, str, "not compiled yet")
     assert panel.text == "not compiled yet"
     run_to_the_end(panel)
     assert "compiling took 4 s" in panel.text and "pays after 2,006 steps" in panel.text
+    assert "the losses differ by up to 1e-04" in panel.text
+
+
+def test_the_attention_panel_shows_every_look_and_head(lesson):
+    space = {**lesson, "record": {"maps": torch.rand(3, 2, 4, 24, 24).tril()}, "line": "x" * 24, "looks": [0, 10, 20]}
+    sliders = {"look": widgets.slider(0, 2, 0), "block": widgets.slider(1, 2, 1), "head": widgets.slider(1, 4, 1)}
+    panel = widgets.Panel(FunctionType(lesson["draw_attention"].__code__, space), **sliders)
+    pictures = [panel.image.value]
+    for place in ({"look": 2}, {"block": 2}, {"head": 4}):
+        panel.set(**place)
+        pictures.append(panel.image.value)
+    assert panel.status.value == "" and len(set(pictures)) == 4
 
 
 # --- its exercises ----------------------------------------------------------------------------------------------------
