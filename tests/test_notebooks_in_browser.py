@@ -6,6 +6,7 @@ Skipped, with the reason, where playwright or a Chromium is missing.
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -39,7 +40,9 @@ READY = """() => { const s = window.jupyterapp?.shell.currentWidget?.sessionCont
     return s?.isReady && s.session?.kernel?.connectionStatus === 'connected' && s.session.kernel.status === 'idle' }"""
 RUN_ALL = """seconds => Promise.race([window.jupyterapp.commands.execute('notebook:run-all-cells'),
     new Promise((_, give_up) => setTimeout(() => give_up(new Error(`not done in ${seconds} s`)), 1000 * seconds))])"""
-PICTURE = """async output => { const image = output.querySelector('img'); if (!image?.src) return null;
+PICTURE = """async output => {
+    const image = [...output.querySelectorAll('img')].find(image => image.src && image.offsetParent);
+    if (!image) return null;
     const bytes = await (await fetch(image.src)).arrayBuffer(), hash = await crypto.subtle.digest('SHA-1', bytes);
     return bytes.byteLength ? [...new Uint8Array(hash)].join() : null }"""
 
@@ -205,11 +208,16 @@ def needed_for(notebook, text):
     """A notebook of only those code cells that the first cell with `text` in it needs, and that cell."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     last = next(i for i, cell in enumerate(cells) if text in cell.source)
-    kept, missing = [], set()
-    for cell in reversed(cells[: last + 1]):
-        gives, takes = _names(cell.source)
-        if not kept or gives & missing:
-            kept, missing = [cell, *kept], (missing - gives) | takes
+    gives, takes = zip(*(_names(cell.source) for cell in cells[: last + 1]), strict=True)
+    wanted, late = set(), {last}
+    while not late <= wanted:
+        wanted |= late
+        kept, missing = [], set()
+        for i in reversed(range(last + 1)):
+            if i in wanted or gives[i] & missing:
+                kept, missing = [cells[i], *kept], (missing - gives[i]) | takes[i]
+        # A function may use a name that is given only after it.
+        late = {max(i for i, names in enumerate(gives) if name in names) for name in missing & set().union(*gives)}
     return v4.new_notebook(cells=kept, metadata=notebook.metadata)
 
 
@@ -231,21 +239,43 @@ PANELS = {
     "embeddings": "widgets.Panel(hands",
     "attention": "widgets.Panel(draw_head",
     "blocks": "draw_parts, n_layer=widgets",
+    "adam": "draw_path, surface=widgets",
 }
+RUN_PANELS = {"training": "panel = widgets.RunPanel(\n    train_live", "tuning": "widgets.RunPanel(try_out"}
+
+
+@contextlib.contextmanager
+def panel_of(noun, text, scratch):
+    """The output of the cell of a lesson that has `text` in it, in JupyterLab, with only what it needs run."""
+    path = scratch / "source" / lesson(noun).name
+    path.parent.mkdir()
+    nbformat.write(needed_for(nbformat.read(lesson(noun), as_version=4), text), path)
+    with lab_notebook(path, scratch / "work") as lab:
+        lab.run_all()
+        yield lab.output(text)
 
 
 @pytest.mark.parametrize("noun", PANELS)
 def test_a_panel_of_the_lesson_redraws_when_its_slider_moves(noun, tmp_path):
-    path = tmp_path / "source" / lesson(noun).name
-    path.parent.mkdir()
-    nbformat.write(needed_for(nbformat.read(lesson(noun), as_version=4), PANELS[noun]), path)
-    with lab_notebook(path, tmp_path / "work") as lab:
-        lab.run_all()
-        panel = lab.output(PANELS[noun])
+    with panel_of(noun, PANELS[noun], tmp_path) as panel:
         before, readout = panel.shown(), panel.readout()
         panel.press("ArrowLeft" if readout == panel_maximum(panel) else "ArrowRight")
         panel.wait_changed(before)
         assert panel.readout() != readout
+
+
+@pytest.mark.parametrize("noun", RUN_PANELS)
+def test_a_training_panel_of_the_lesson_tells_its_price_and_then_trains(noun, tmp_path):
+    with panel_of(noun, RUN_PANELS[noun], tmp_path) as panel:
+        price, picture = panel.shown()
+        panel.press("ArrowRight", slider=1)
+        dearer = panel.wait_changed((price, picture))
+        assert dearer[0] != price and dearer[1] == picture
+        panel.button("Run").click()
+        _wait(lambda: panel.shown()[1] != picture, 60, panel.area.inner_text)
+        if panel.button("Stop").is_enabled():
+            panel.button("Stop").click()
+        panel.area.get_by_text(re.compile("stopped|done in")).wait_for(timeout=20_000)
 
 
 def panel_maximum(panel):
