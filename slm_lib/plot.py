@@ -260,13 +260,14 @@ def _images(ax: Axes, digits: int) -> list[str]:
 
 
 def road(ax: Axes, stops: Mapping[str, str], opened: Collection[str], width: int = 6) -> Axes:
-    """A road of named stops with a phrase each, in rows of `width`; stops that are open are filled and numbered."""
+    """A road of named stops with a phrase each, in rows of `width`; stops that are open are filled and counted."""
+    numbers = {name: f"{n:02d}" for n, name in enumerate(name for name in stops if name in opened)}
     for i, (name, phrase) in enumerate(stops.items()):
         x, y, here = i % width, -(i // width), name in opened
         if x:
             ax.plot([x - 1, x], [y, y], color="#D9D9D9", linewidth=7, zorder=0)
         ax.scatter(x, y, s=420, color=BLUE if here else "#FFFFFF", edgecolor=BLUE if here else GREY, zorder=1)
-        ax.text(x, y, f"{i:02d}" if here else "", ha="center", va="center", fontsize=9, color="#FFFFFF")
+        ax.text(x, y, numbers.get(name, ""), ha="center", va="center", fontsize=9, color="#FFFFFF")
         words = {"ha": "center", "va": "top"}
         ax.text(x, y - 0.27, name, fontsize=10, weight="bold", color=BLACK if here else GREY, **words)
         ax.text(x, y - 0.42, textwrap.fill(phrase, 17), fontsize=8, color=GREY, **words)

@@ -117,3 +117,10 @@ def test_describe_changes_with_the_picture(ax):
     assert plot.describe(ax) == "empty"
     plot.heatmap(ax, np.eye(3))
     assert plot.describe(ax) == "grid of 3 × 3, 0 to 1"
+
+
+def test_open_stops_of_the_road_carry_the_numbers_of_their_notebooks():
+    _, ax = plot.figure()
+    plot.road(ax, {"welcome": "a look", "data": "text", "ngrams": "counts", "tokens": "pieces"}, {"welcome", "ngrams"})
+    words = [text.get_text() for text in ax.texts]
+    assert [words[words.index(name) - 1] for name in ("welcome", "data", "ngrams", "tokens")] == ["00", "", "01", ""]
