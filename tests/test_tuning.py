@@ -579,7 +579,8 @@ def test_the_bench_shows_the_price_before_and_grows(lesson):
     sliders = {name: widgets.choice([value, *others]) for name, (value, *others) in {
         "n_layer": (1, 2), "n_embd": (12, 24), "n_head": (3, 5), "block_size": (8, 16), "batch_size": (2, 4),
         "max_iters": (4, 8), "learning_rate": (1e-2, 1e-3), "warmup_iters": (0, 2), "weight_decay": (0.1, 1.0),
-        "dropout": (0.0, 0.2)}.items()}  # fmt: skip
+        "dropout": (0.0, 0.2), "schedule": ("linear", "cosine"), "grad_clip": (1.0, 0.5), "beta1": (0.9, 0.5),
+        "beta2": (0.95, 0.99), "design": ("gpt2", "modern")}.items()}  # fmt: skip
     ids = lesson["fit_ids"][:2000]
     parts = {"bench": bench, "fit_ids": ids, "tuning_ids": ids[:200], "speed": Speed(1e-3, 1e-11)}
     panel = widgets.RunPanel(
@@ -597,6 +598,12 @@ def test_the_bench_shows_the_price_before_and_grows(lesson):
         assert len(bench) == runs and bench[-1]["loss"] > 0 and len(bench[-1]["losses"]) == 4
         panel.set(seed=3)
     assert panel.image.value
+    plain = panel.about.text
+    panel.set(design="modern", schedule="cosine", beta2=0.99)
+    assert panel.about.text != plain  # another design has other parameters
+    panel.run_button.click()
+    assert panel.wait(60) and len(bench) == 3, panel.status.value
+    assert bench[-1]["setting"]["schedule"] == "cosine" and bench[-1]["losses"] != bench[-2]["losses"]
     panel.set(n_head=5)
     panel.run_button.click()
     assert panel.wait(60) and "not divisible" in panel.status.value
