@@ -3,35 +3,14 @@
 import json
 import os
 
-import pytest
 import torch
 
 from slm_lib import checkpoints, runs
-from slm_lib.__main__ import main
 
 TINY = ["--corpus", "mine.txt", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16",
         "--batch-size", "4", "--device", "cpu", "--out", "out", "--eval-interval", "3"]  # fmt: skip
 RESUME = ["--corpus", "mine.txt", "--device", "cpu", "--resume", "out"]
 WILD = ["--learning-rate", "10", "--weight-decay", "10", "--warmup-iters", "0", "--schedule", "constant"]
-
-
-@pytest.fixture
-def slm(tmp_path, monkeypatch, capsys):
-    """The command line, in this process: words to (what it printed, what it died of)."""
-    (tmp_path / "mine.txt").write_text("Now is the winter of our discontent\nMade glorious summer;\n" * 60)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        monkeypatch.setattr("sys.argv", ["slm_lib", *words])
-        died = ""
-        try:
-            main()
-        except SystemExit as error:
-            died = str(error.code)
-        printed = capsys.readouterr()
-        return printed.out + printed.err, died
-
-    return call
 
 
 def folders(place="out"):

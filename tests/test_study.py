@@ -13,30 +13,10 @@ import pytest
 from optuna.trial import TrialState
 
 from slm_lib import data, runs, study
-from slm_lib.__main__ import main
 
 TINY = ["--corpus", "mine.txt", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16",
         "--batch-size", "4", "--device", "cpu"]  # fmt: skip
 TUNE = ["tune", *TINY, "--max-iters", "16", "--storage", "study.log"]
-
-
-@pytest.fixture
-def slm(tmp_path, monkeypatch, capsys):
-    """The command line, in this process: words to (what it printed, what it died of)."""
-    (tmp_path / "mine.txt").write_text("Now is the winter of our discontent\nMade glorious summer;\n" * 60)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        monkeypatch.setattr("sys.argv", ["slm_lib", *words])
-        died = ""
-        try:
-            main()
-        except SystemExit as error:
-            died = str(error.code)
-        printed = capsys.readouterr()
-        return printed.out + printed.err, died
-
-    return call
 
 
 def trials(storage="study.log", name="study"):
