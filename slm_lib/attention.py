@@ -31,12 +31,15 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)
         self.output = nn.Linear(n_embd, n_embd, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache=None, layer: int = 0) -> Tensor:
         B, T, C = x.shape
-        query, key, value = self._queries_keys_values(x)
+        query, key, value = self._queries_keys_values(x, cache)
         dropout = self.dropout if self.training else 0.0
-        # softmax(query @ key.T / sqrt(D)) @ value, the future masked: (B, H, T, T) @ (B, H, T, D) = (B, H, T, D)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
+        if cache is not None:  # slm_lib.cache: x goes on where the cache ends, and looks back at what it keeps
+            mixed = cache.attend(layer, query, key, value)
+        else:
+            # softmax(query @ key.T / sqrt(D)) @ value, the future masked: (B, H, T, T) @ (B, H, T, D) = (B, H, T, D)
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
         return self.output(mixed.transpose(1, 2).reshape(B, T, C))
 
     def weights(self, x: Tensor) -> Tensor:
@@ -49,7 +52,7 @@ class CausalSelfAttention(nn.Module):
         future = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
         return scores.masked_fill(future, -torch.inf).softmax(-1)
 
-    def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _queries_keys_values(self, x: Tensor, cache=None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) to three tensors (B, H, T, D), queries and keys normalised and turned where that is chosen."""
         B, T, C = x.shape
         # (B, T, C) @ (C, 3C) = (B, T, 3C), cut into three tensors (B, H, T, D)
@@ -57,6 +60,8 @@ class CausalSelfAttention(nn.Module):
         if self.qk_norm:
             query, key = F.rms_norm(query, (self.head_size,)), F.rms_norm(key, (self.head_size,))
         if self.rotary:
-            cosine, sine = rotary_table(T, self.head_size, x.dtype, x.device)
+            start, size = (0, T) if cache is None else (cache.length, cache.size)
+            turns = rotary_table(size, self.head_size, x.dtype, x.device)
+            cosine, sine = (turn[start : start + T] for turn in turns)
             query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         return query, key, value

@@ -120,8 +120,8 @@ class Block(nn.Module):
         self.norm1, self.attention, self.norm2, self.mlp = norm1, attention, norm2, mlp
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x)))
+    def forward(self, x: Tensor, *cache) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), *cache))
         return x + self.mlp(self.norm2(x))
 
 
@@ -171,14 +171,18 @@ class GPT(nn.Module):
         """How many numbers training may change; tied weights count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, ids: Tensor) -> Tensor:
-        if ids.shape[1] > self.config.block_size:
+    def forward(self, ids: Tensor, cache=None) -> Tensor:
+        start = 0 if cache is None else cache.length
+        stop = start + ids.shape[1]
+        if stop > self.config.block_size:
             raise ValueError(
-                f"a context of {ids.shape[1]} tokens is longer than block_size {self.config.block_size}: cut it shorter"
+                f"a context of {stop} tokens is longer than block_size {self.config.block_size}: cut it shorter"
             )
-        x = self.embedding(ids)
-        for block in self.blocks:
-            x = block(x)
+        x = self.embedding(ids, start)
+        for i, block in enumerate(self.blocks):
+            x = block(x) if cache is None else block(x, cache, i)
+        if cache is not None:
+            cache.length = stop
         return self.head(self.norm(x))  # (B, T, C) @ (C, V) = (B, T, V)
 
 

@@ -19,15 +19,15 @@ class Embedding(nn.Module):
         super().__init__()
         self.token = nn.Embedding(vocab_size, n_embd)
         self.place = nn.Embedding(block_size, n_embd) if position == "learned" else None
-        self.sinusoidal = position == "sinusoidal"
+        self.sinusoidal, self.block_size = position == "sinusoidal", block_size
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.token(ids)  # (B, T, C)
+    def forward(self, ids: Tensor, start: int = 0) -> Tensor:
+        x, stop = self.token(ids), start + ids.shape[1]  # (B, T, C)
         if self.place is not None:
-            x = x + self.place.weight[: ids.shape[1]]  # (B, T, C) + (T, C)
+            x = x + self.place.weight[start:stop]  # (B, T, C) + (T, C)
         elif self.sinusoidal:
-            x = x + sinusoidal_table(ids.shape[1], x.shape[2], x.dtype, x.device)
+            x = x + sinusoidal_table(self.block_size, x.shape[2], x.dtype, x.device)[start:stop]
         return self.dropout(x)
 
 
