@@ -56,12 +56,12 @@ class CausalSelfAttention(nn.Module):
         """x (B, T, C) to three tensors (B, H, T, D), queries and keys normalised and turned where that is chosen."""
         B, T, C = x.shape
         # (B, T, C) @ (C, 3C) = (B, T, 3C), cut into three tensors (B, H, T, D)
-        query, key, value = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)
+        parts = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)
+        pair, value = parts.split([2, 1])  # queries and keys are treated alike: (2, B, H, T, D)
         if self.qk_norm:
-            query, key = F.rms_norm(query, (self.head_size,)), F.rms_norm(key, (self.head_size,))
+            pair = F.rms_norm(pair, (self.head_size,))
         if self.rotary:
             start, size = (0, T) if cache is None else (cache.length, cache.size)
             turns = rotary_table(size, self.head_size, x.dtype, x.device)
-            cosine, sine = (turn[start : start + T] for turn in turns)
-            query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
-        return query, key, value
+            pair = rotate(pair, *(turn[start : start + T] for turn in turns))
+        return *pair, value[0]
