@@ -20,17 +20,19 @@ ORDER = [
 ]  # fmt: skip
 # The notebook that opens a module of another name.
 BEFORE_TRAINING = ["checkpoints", "settings", "distributed", "faults"]
-OPENED_ELSEWHERE = {"grammar": "data", "playhouse": "data", **dict.fromkeys(BEFORE_TRAINING, "training")}
+OPENED_ELSEWHERE = {"grammar": "data", "playhouse": "data", "cache": "generation"}
+OPENED_ELSEWHERE |= dict.fromkeys(BEFORE_TRAINING, "training")
 TESTED_ELSEWHERE = {"grammar": "playhouse"}  # it reads the notation of playhouse.grammar, and nothing else
 CONTENT = [noun for noun in ORDER if noun != "welcome"]
 before, after = CONTENT[: CONTENT.index("training")], CONTENT[CONTENT.index("training") :]
+after.insert(after.index("generation"), "cache")
 CONTENT = ["grammar", "playhouse", *before, *BEFORE_TRAINING, *after]
 PLUMBING = {"check", "plot", "widgets", "notebooks", "presets", "provenance", "runs", "study", "__main__"}
 EXTRAS = {"torch", "numpy", "slm_lib", "tqdm", "pooch", "requests", "safetensors", "regex", "optuna"}
 ONLY_IN = {"matplotlib": "plot", "ipywidgets": "widgets"}
 
 # Modules whose notebook is still to come. Empty when the series is complete.
-UNOPENED = {"generation"}
+UNOPENED: set[str] = set()
 # Notebooks that open no module of their own.
 WITHOUT_MODULE = {"welcome"}
 # Public names that need no proof, each with the reason.
