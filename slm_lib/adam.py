@@ -6,6 +6,7 @@ same in fewer, fused operations, and is faster.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from numbers import Real
 
@@ -52,10 +53,7 @@ class Optimizer:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients: set them to None, or to zeros."""
         for weight in self._parameters():
-            if set_to_none:
-                weight.grad = None
-            elif weight.grad is not None:
-                weight.grad = torch.zeros_like(weight.grad)
+            weight.grad = None if set_to_none or weight.grad is None else torch.zeros_like(weight.grad)
 
     def state_dict(self) -> dict:
         """What `load_state_dict` needs to go on: the state by the number of the parameter, and the groups."""
@@ -68,21 +66,23 @@ class Optimizer:
         sizes = [len(group["params"]) for group in self.param_groups]
         if sizes != [len(group["params"]) for group in saved["param_groups"]]:
             raise ValueError(f"this state belongs to other groups: here they have {sizes} parameters")
+        self.state.clear()
         for group, kept in zip(self.param_groups, saved["param_groups"], strict=True):
             group.update({name: kept[name] for name in group if name in kept and name != "params"})
-        self.state.clear()
-        for i, weight in enumerate(self._parameters()):
-            if i in saved["state"]:
-                self.state[weight] = {name: _like(value, weight) for name, value in saved["state"][i].items()}
+            for i, weight in zip(kept["params"], group["params"], strict=True):
+                entry = saved["state"].get(i, {})
+                self.state[weight] = {name: _like(value, weight, group) for name, value in entry.items()}
 
 
 def _tensors(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [params] if isinstance(params, Tensor) else list(params)
 
 
-def _like(value: Tensor, weight: Tensor) -> Tensor:
-    """A copy of a saved tensor on the device and in the type of its weight; a count of steps stays as it is."""
-    return value.clone() if value.dim() == 0 else value.to(weight, copy=True)
+def _like(value: Tensor, weight: Tensor, group: dict) -> Tensor:
+    """A copy of a saved tensor as its weight is; a count of steps stays as it is, but where torch fuses it lies."""
+    if value.dim() == 0:
+        return value.to(weight.device if group.get("fused") else value.device, copy=True)
+    return value.to(weight, copy=True)
 
 
 def _check_parameters(weights: list) -> None:
@@ -110,7 +110,9 @@ def _check_hyperparameters(group: dict) -> None:
 
 def _running(state: dict[str, Tensor], name: str, weight: Tensor) -> Tensor:
     """A tensor of the state; zeros of the weight's shape before the first step."""
-    return state.setdefault(name, torch.zeros_like(weight))
+    if name not in state:
+        state[name] = torch.zeros_like(weight)
+    return state[name]
 
 
 class SGD(Optimizer):
@@ -206,14 +208,7 @@ class Adam(Optimizer):
 class AdamW(Adam):
     """Adam with weight decay outside the gradient: w ← (1 − lr·weight_decay)·w first (Loshchilov and Hutter, 2019)."""
 
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-    ):
+    def __init__(self, params: Iterable, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
         super().__init__(params, lr, betas, eps, weight_decay)
 
     def update(self, weight, gradient, state, group):
@@ -222,14 +217,14 @@ class AdamW(Adam):
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
-    """A matrix (m, n) with the singular vectors of `matrix` and all singular values near 1 (about 0.7 to 1.2).
+    """A matrix (m, n), or each of a stack (..., m, n), with its own singular vectors and all singular values near 1.
 
     Newton-Schulz: x ← a·x + b·(xxᵀ)x + c·(xxᵀ)²x, which needs no SVD (Bernstein and Newhouse, 2024; Jordan et al.,
-    2024). A singular value that is a thousand times smaller than all of `matrix` together grows, but stays small.
+    2024). They come to about 0.7 to 1.2; one that is a thousand times smaller than all together grows, but stays small.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrix / matrix.norm().clamp(min=eps)  # now no singular value is above 1
-    tall = x.shape[0] > x.shape[1]
+    x = matrix / matrix.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # now no singular value is above 1
+    tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # so that gram is the smaller of two possible squares
     for _ in range(steps):
         gram = x @ x.mT  # (m, n) @ (n, m) = (m, m)
@@ -242,7 +237,8 @@ class Muon(Optimizer):
 
     d is Nesterov's look ahead from the running mean of the gradients. `adjust_lr_fn`: "original" has scale
     √max(1, m/n); "match_rms_adamw" has 0.2·√max(m, n), which makes steps as large as AdamW's, so that one learning
-    rate serves both (Liu et al., 2025). Raises ValueError for a parameter that is not a matrix: give it to AdamW.
+    rate serves both (Liu et al., 2025). Matrices of one shape are orthogonalised as one stack. Raises ValueError for a
+    parameter that is not a matrix: give it to AdamW.
     """
 
     def __init__(
@@ -261,23 +257,35 @@ class Muon(Optimizer):
             if weight.dim() != 2:
                 raise ValueError(f"Muon moves matrices, not shape {tuple(weight.shape)}: give the rest to AdamW")
 
-    def update(self, weight, gradient, state, group):
-        (m, n), momentum = weight.shape, group["momentum"]
-        buffer = _running(state, "momentum_buffer", weight).lerp_(gradient, 1 - momentum)
-        direction = orthogonalise(gradient.lerp(buffer, momentum))
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            moving = [weight for weight in group["params"] if weight.grad is not None]
+            for shape in dict.fromkeys(weight.shape for weight in moving):
+                alike = [weight for weight in moving if weight.shape == shape]
+                ahead = torch.stack([self._ahead(weight, group["momentum"]) for weight in alike])  # (k, m, n)
+                for weight, direction in zip(alike, orthogonalise(ahead), strict=True):
+                    self.update(weight, direction, self.state[weight], group)
+
+    def _ahead(self, weight: Tensor, momentum: float) -> Tensor:
+        """Where the running mean of the gradients, which takes in this one, is going."""
+        buffer = _running(self.state.setdefault(weight, {}), "momentum_buffer", weight)
+        return weight.grad.lerp(buffer.lerp_(weight.grad, 1 - momentum), momentum)
+
+    def update(self, weight, direction, state, group):
+        (m, n), lr = weight.shape, group["lr"]
         scale = math.sqrt(max(1, m / n)) if group["adjust_lr_fn"] == "original" else 0.2 * math.sqrt(max(m, n))
-        weight *= 1 - group["lr"] * group["weight_decay"]
-        weight -= group["lr"] * scale * direction
+        weight.mul_(1 - lr * group["weight_decay"]).sub_(direction, alpha=lr * scale)
 
 
 class Together(Optimizer):
-    """Several optimizers, each with parameters of its own, as one: its groups are theirs, a step is one of each.
+    """Several optimizers, ours or torch.optim's, each with parameters of its own, as one: a step is one of each.
 
     Raises ValueError where two of them hold the same parameter.
     """
 
-    def __init__(self, *optimizers: Optimizer):
-        self.optimizers, self.state = optimizers, {}
+    def __init__(self, *optimizers: Optimizer | torch.optim.Optimizer):
+        self.optimizers, self.state = optimizers, defaultdict(dict)
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         _check_parameters(self._parameters())
         for optimizer in optimizers:

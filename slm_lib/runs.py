@@ -44,6 +44,7 @@ SETTINGS = {
     "gradient_accumulation": "cut each batch into so many pieces, to take less memory",
     "schedule": "how the learning rate goes on after the warm-up",
     "precision": "of matrix products; auto is bfloat16 on CUDA",
+    "optimizer": "muon moves the matrices inside the blocks by Muon, and all else by AdamW",
 }
 
 

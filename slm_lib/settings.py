@@ -1,9 +1,19 @@
-"""How to train, in numbers and names; and the learning rate of every step."""
+"""How to train, in numbers and names; the learning rate of every step, and the optimizer that is meant."""
 
 import math
 from dataclasses import dataclass, fields
 
-CHOICES = {"schedule": ("linear", "cosine", "constant"), "precision": ("auto", "float32", "bfloat16")}
+import torch
+from torch import nn
+
+from slm_lib.adam import Muon, Together
+
+CHOICES = {
+    "schedule": ("linear", "cosine", "constant"),
+    "precision": ("auto", "float32", "bfloat16"),
+    "optimizer": ("adamw", "muon"),
+}
+MUON_LR_SCALE = 5.0  # `learning_rate` is AdamW's; a matrix under Muon goes so many times as far along each of its axes
 
 
 @dataclass(frozen=True)
@@ -12,7 +22,8 @@ class TrainingConfig:
 
     `gradient_accumulation` cuts a batch into so many equal pieces, computed one after the other in less memory;
     `schedule` linear|cosine|constant is how the learning rate ends; `precision` auto|float32|bfloat16 is that of matrix
-    products, auto being bfloat16 on CUDA. Raises ValueError for a value with which no training makes sense.
+    products, auto being bfloat16 on CUDA; `optimizer` adamw|muon is what `make_optimizer` builds. Raises ValueError for
+    a value with which no training makes sense.
     """
 
     batch_size: int = 32
@@ -29,6 +40,7 @@ class TrainingConfig:
     schedule: str = "linear"
     precision: str = "auto"
     compile: bool = False
+    optimizer: str = "adamw"
 
     def __post_init__(self):
         for f in fields(self):
@@ -71,3 +83,29 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     left = max(0.0, min(left, 1.0))
     fall = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[config.schedule]
     return config.learning_rate * min(climb, fall)
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer | Together:
+    """AdamW for all, or "muon": Muon for the matrices inside the model's blocks, and AdamW for all else.
+
+    Embedding and head are tables of vectors rather than maps, which is why AdamW keeps them (Jordan et al., 2024).
+    Matrices decay, all by the same share in a step, vectors do not. Raises ValueError for muon where a model has no
+    `blocks` with matrices.
+    """
+    inside = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
+    if config.optimizer == "adamw":
+        return _adamw(list(model.parameters()), config)
+    if not inside:
+        raise ValueError("optimizer muon moves matrices inside blocks, and this model has none: take adamw")
+    rest = [p for p in model.parameters() if all(p is not q for q in inside)]
+    decay = config.weight_decay / MUON_LR_SCALE  # it is multiplied by the learning rate
+    muon = Muon([{"params": inside, "lr_scale": MUON_LR_SCALE}], config.learning_rate, decay)
+    return Together(muon, _adamw(rest, config))
+
+
+def _adamw(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) as torch has it, with weight decay on matrices and none on vectors."""
+    matrices, vectors = ([p for p in parameters if (p.dim() >= 2) == wide] for wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    fused = parameters[0].device.type in ("cpu", "cuda")  # one kernel for all weights; older PyTorch has none for MPS
+    return torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=fused)

@@ -18,11 +18,11 @@ from slm_lib import checkpoints
 from slm_lib.data import draw_batch
 from slm_lib.distributed import Ranks
 from slm_lib.faults import enough_memory, first_not_finite, interrupts
-from slm_lib.settings import TrainingConfig, learning_rate_at
+from slm_lib.settings import TrainingConfig, learning_rate_at, make_optimizer
 from slm_lib.tokens import Tokenizer
 
 TOKENS_AT_ONCE = 16_384  # how many positions evaluation looks at in one forward pass
-KEPT = {"seed", "weight_decay", "beta1", "beta2"}  # what the stored state of batches and optimizer has settled
+KEPT = {"seed", "optimizer", "weight_decay", "beta1", "beta2"}  # a checkpoint settles these
 
 
 @dataclass
@@ -56,15 +56,6 @@ def choose_device(name: str = "auto") -> torch.device:
         here = " or ".join(kind for kind, is_here in found.items() if is_here)
         raise ValueError(f"device {name!r} is not to be had on this machine: use {here}")
     return torch.device(name)
-
-
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) with weight decay on the matrices and none on vectors."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    fused = _device_of(model).type in ("cpu", "cuda")  # one kernel for all weights; older PyTorch has none for MPS
-    return torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=fused)
 
 
 def _autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager:
@@ -168,7 +159,8 @@ class Trainer:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(self._breakdown(x, y, loss))
-            self.optimizer.step()
+            with _autocast(self.device, self.config.precision):  # Muon's products
+                self.optimizer.step()
         self.history.losses.append(loss)
         self.history.gradient_norms.append(norm)
         return loss
@@ -252,7 +244,7 @@ class Trainer:
         if self.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {"config": asdict(self.config), "block_size": self.block_size, "history": asdict(self.history)}
-        state["optimizer"] = type(self.optimizer).__name__
+        state["optimizer"] = _names(self.optimizer)
         extra = {**checkpoints.pack_optimizer(self.optimizer, generators), "training.json": json.dumps(state).encode()}
         return checkpoints.save_model(folder, self.model, tokenizer, provenance or {}, extra=extra)
 
@@ -271,10 +263,10 @@ class Trainer:
         state = json.loads(files["training.json"])
         if set(state["config"]) != {f.name for f in fields(TrainingConfig)}:
             raise ValueError(f"{folder} was saved by another version of slm_lib: train anew")
-        if state["optimizer"] != "AdamW":
-            raise ValueError(f"{folder} was trained with {state['optimizer']}, and only AdamW is resumed: train anew")
         config = replace(TrainingConfig(**state["config"]), **changes)
         trainer = cls(model, ids, config, state["block_size"])
+        if state["optimizer"] != (ours := _names(trainer.optimizer)):
+            raise ValueError(f"{folder} was trained with {state['optimizer']}, and only {ours} is resumed: train anew")
         trainer.history = History(**state["history"])
         generators = checkpoints.unpack_optimizer(files, trainer.optimizer)
         trainer.generator.set_state(generators["batches"])
@@ -282,6 +274,11 @@ class Trainer:
         if "cuda" in generators and trainer.device.type == "cuda":
             torch.cuda.set_rng_state(generators["cuda"], trainer.device)
         return trainer
+
+
+def _names(optimizer: torch.optim.Optimizer) -> str:
+    """What an optimizer is called; of several together, all names."""
+    return " and ".join(type(part).__name__ for part in getattr(optimizer, "optimizers", [optimizer]))
 
 
 def train(

@@ -223,6 +223,32 @@ def test_a_zero_matrix_stays_zero():
     assert (adam.orthogonalise(torch.zeros(3, 5)) == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12)])
+def test_a_stack_is_orthogonalised_matrix_by_matrix(shape):
+    matrices = [matrix(*shape, seed, scale) for seed, scale in ((1, 1.0), (2, 1e-3), (3, 1e4))]
+    stack = torch.stack([*matrices, torch.zeros(shape, dtype=torch.float64)])
+    for single, found in zip(stack, adam.orthogonalise(stack), strict=True):
+        torch.testing.assert_close(found, adam.orthogonalise(single), atol=1e-12, rtol=0)
+    torch.testing.assert_close(adam.orthogonalise(stack.view(2, 2, *shape)).view_as(stack), adam.orthogonalise(stack))
+
+
+def test_muon_moves_many_matrices_as_one_optimizer_for_each_would():
+    shapes = [(6, 4), (4, 6), (6, 4), (5, 5), (6, 4)]
+    ways = []
+    for together in (True, False):
+        weights = [matrix(*shape, seed).requires_grad_() for seed, shape in enumerate(shapes)]
+        groups = [{"params": weights[:2], "lr": 0.1}, {"params": weights[2:], "momentum": 0.8}]
+        settings = {"adjust_lr_fn": "match_rms_adamw"}
+        alone = [adam.Muon([{**group, "params": [w]}], **settings) for group in groups for w in group["params"]]
+        optimizer = adam.Muon(groups, **settings) if together else adam.Together(*alone)
+        gradients = [[matrix(*shape, 100 * step + i) for i, shape in enumerate(shapes)] for step in range(20)]
+        for step in gradients[5:9]:
+            step[2] = None
+        ways.append(walk(optimizer, weights, gradients))
+    assert_same_walk(*ways)
+    assert all(way.abs().max() > 1e-3 for way in ways[0])
+
+
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("shape", [(16, 16), (48, 12), (12, 48)])
 def test_muon_equals_torchs_within_bfloat16(shape, adjust):
@@ -426,6 +452,32 @@ def test_together_is_saved_and_loaded_as_one():
         optimizer.step()
         ends.append(nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone())
     assert torch.equal(*ends)
+
+
+def with_torchs_adamw(model):
+    inside, rest = split_by_kind(model)
+    return adam.Together(adam.Muon(inside), torch.optim.AdamW(rest, weight_decay=0.1, fused=True))
+
+
+def test_together_takes_torchs_optimizers_too():
+    ours, _ = trained(lambda model: adam.Together(
+        adam.Muon(split_by_kind(model)[0]), adam.AdamW(split_by_kind(model)[1], weight_decay=0.1)))  # fmt: skip
+    theirs, _ = trained(with_torchs_adamw)
+    assert theirs.history.losses == pytest.approx(ours.history.losses, abs=1e-4)
+    assert len(theirs.optimizer.state) == len(list(theirs.model.parameters()))
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 12))
+def test_together_with_torchs_goes_on_from_a_file_as_if_it_had_never_stopped(steps):
+    straight, losses = trained(with_torchs_adamw, steps=steps + 8)
+    begun, _ = trained(with_torchs_adamw, steps=steps)
+    files = checkpoints.pack_optimizer(begun.optimizer, {})
+    begun.optimizer = with_torchs_adamw(begun.model)
+    checkpoints.unpack_optimizer(files, begun.optimizer)
+    assert [begun.update() for _ in range(8)] == losses[steps:]
+    for mine, other in zip(begun.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
 
 
 # --- the lesson -------------------------------------------------------------------------------------------------------

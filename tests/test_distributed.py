@@ -18,7 +18,8 @@ from slm_lib.distributed import Ranks
 from slm_lib.training import Trainer, TrainingConfig
 
 IDS = torch.tensor([(i * i + i // 7) % 5 for i in range(600)])
-CASES = {"plain": {}, "accumulated": {"gradient_accumulation": 3}, "cosine": {"schedule": "cosine", "grad_clip": 0.05}}
+CASES = {"plain": {}, "accumulated": {"gradient_accumulation": 3}, "cosine": {"schedule": "cosine", "grad_clip": 0.05},
+         "muon": {"optimizer": "muon"}}  # fmt: skip
 TINY = ["--corpus", "mine.txt", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16",
         "--batch-size", "4", "--device", "cpu"]  # fmt: skip
 

@@ -63,6 +63,16 @@ def test_a_resumed_run_takes_new_settings_and_refuses_those_that_come_too_late(s
     assert len(stored["history"]["losses"]) == len(stored["history"]["gradient_norms"]) == 8
 
 
+def test_muon_on_the_command_line_is_kept_and_cannot_change_half_way(slm):
+    assert slm("train", *TINY, "--max-iters", "6", "--optimizer", "muon")[1] == ""
+    runs.shutil.rmtree("out/model")
+    assert "--optimizer cannot change half-way" in slm("train", *RESUME, "--optimizer", "adamw")[1]
+    printed, died = slm("train", *RESUME, "--max-iters", "8")
+    assert died == "" and "8 steps" in printed
+    state = json.loads(checkpoints.verify("out/step-000008")["training.json"])
+    assert state["config"]["optimizer"] == "muon" and state["optimizer"] == "Muon and AdamW"
+
+
 def test_a_finished_run_says_so_and_a_longer_one_keeps_both_models(slm):
     assert slm("train", *TINY, "--max-iters", "3")[1] == ""
     printed, died = slm("train", *RESUME)

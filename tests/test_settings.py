@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from slm_lib import adam
 from slm_lib.blocks import GPT, GPTConfig
-from slm_lib.settings import TrainingConfig, learning_rate_at
+from slm_lib.settings import MUON_LR_SCALE, TrainingConfig, learning_rate_at, make_optimizer
 from slm_lib.training import Trainer
 
 IDS = torch.tensor([(i * i + i // 7) % 5 for i in range(600)])
@@ -16,6 +17,7 @@ IDS = torch.tensor([(i * i + i // 7) % 5 for i in range(600)])
     {"gradient_accumulation": 0}, {"gradient_accumulation": 5}, {"schedule": "step"}, {"schedule": 3},
     {"precision": "float16"}, {"precision": None}, {"compile": 1}, {"batch_size": True}, {"seed": 2**63},
     {"max_iters": 10**400}, {"grad_clip": math.inf}, {"learning_rate": True}, {"weight_decay": 10**400},
+    {"optimizer": "sgd"},
 ])  # fmt: skip
 def test_a_setting_that_cannot_train_is_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -109,3 +111,73 @@ def test_an_optimizer_of_ones_own_takes_the_schedule_and_its_scale():
     trainer.update()
     assert not torch.equal(before, model.head.weight)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([3e-3 / 4 * 10, 3e-3 / 4])
+
+
+# --- the optimizer ----------------------------------------------------------------------------------------------------
+
+
+def where_they_go(model, optimizer):
+    """Name of a parameter -> (the optimizer that moves it, its weight decay, how its learning rate is scaled)."""
+    names, found = {p: name for name, p in model.named_parameters()}, {}
+    for part in getattr(optimizer, "optimizers", [optimizer]):
+        for group in part.param_groups:
+            kind = (type(part), group["weight_decay"], group.get("lr_scale", 1.0))
+            assert not found.keys() & {names[p] for p in group["params"]}
+            found |= {names[p]: kind for p in group["params"]}
+    return found
+
+
+@pytest.mark.parametrize("design", [GPTConfig.gpt2, GPTConfig.modern])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_goes_to_its_optimizer_and_decays_if_it_is_a_matrix(design, optimizer):
+    model = GPT(design(vocab_size=5, block_size=8, n_layer=2, n_head=2, n_embd=16))
+    config = TrainingConfig(weight_decay=0.3, learning_rate=0.02, optimizer=optimizer)
+    found = where_they_go(model, make_optimizer(model, config))
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        inside = "attention" in name or "mlp" in name
+        muon = optimizer == "muon" and inside and parameter.dim() == 2
+        decay = 0.3 * (parameter.dim() >= 2)
+        assert found[name][:2] == ((adam.Muon, decay / MUON_LR_SCALE) if muon else (torch.optim.AdamW, decay)), name
+        assert found[name][2] == (MUON_LR_SCALE if muon else 1.0), name
+
+
+def test_muon_of_a_model_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="optimizer muon moves matrices inside blocks, and this model has none"):
+        make_optimizer(torch.nn.Linear(3, 3), TrainingConfig(optimizer="muon"))
+
+
+def test_muon_with_torchs_adamw_trains_as_muon_with_ours():
+    def by_ours(model):
+        inside = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
+        outside = [model.embedding.token.weight, model.head.weight]
+        vectors = [p for p in model.parameters() if p.dim() == 1]
+        groups = [{"params": outside, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        alone = [adam.Muon([p], weight_decay=0.1 / MUON_LR_SCALE) for p in inside]
+        for muon in alone:
+            muon.param_groups[0]["lr_scale"] = MUON_LR_SCALE
+        return adam.Together(*alone, adam.AdamW(groups, betas=(0.9, 0.95)))
+
+    ends = []
+    for make in (lambda model: None, by_ours):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig.modern(vocab_size=5, block_size=8, n_layer=2, n_head=2, n_embd=16)).double()
+        config = TrainingConfig(batch_size=4, max_iters=30, warmup_iters=3, optimizer="muon", learning_rate=0.01)
+        history = Trainer(model, IDS, config, optimizer=make(model)).run(progress=False)
+        ends.append(history.losses)
+    assert ends[0] == pytest.approx(ends[1], abs=1e-9) and ends[0][-1] < ends[0][0] - 0.03
+
+
+def test_lower_precision_serves_muons_products_too():
+    ends = []
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig.modern(vocab_size=5, block_size=8, n_layer=1, n_head=2, n_embd=16))
+        trainer = Trainer(model, IDS, TrainingConfig(precision=precision, optimizer="muon", warmup_iters=0))
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) * torch.arange(p.shape[-1]).cos()
+        trainer._backward = lambda x, y: 1.0  # so that the step alone can differ
+        trainer.update()
+        ends.append(model.blocks[0].mlp.up.weight.detach())
+    assert not torch.equal(*ends)
+    torch.testing.assert_close(*ends, atol=1e-3, rtol=0)

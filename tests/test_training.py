@@ -160,6 +160,32 @@ def test_kill_and_resume_equals_200_steps_straight_bit_for_bit(tmp_path):
     assert torch.equal(resumed.generator.get_state(), expected.generator.get_state())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_either_optimizer_is_saved_and_resumed_to_the_last_bit(tmp_path, optimizer):
+    config = TrainingConfig(batch_size=4, max_iters=40, eval_interval=20, optimizer=optimizer)
+
+    def save(trainer):
+        trainer.save(tmp_path / f"{trainer.step}", TOKENIZER)
+
+    straight = Trainer(small_model(dropout=0.1), IDS, config)
+    straight.run(save, progress=False)
+    resumed = Trainer.resume(tmp_path / "20", IDS)
+    assert resumed.step == 20 and resumed.config == config and len(resumed.optimizer.state) > 0
+    resumed.run(progress=False)
+    assert resumed.history.losses == straight.history.losses
+    for mine, theirs in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(ValueError, match="optimizer cannot change in the middle"):
+        Trainer.resume(tmp_path / "20", IDS, optimizer="adamw")
+
+
+def test_an_optimizer_that_the_settings_do_not_build_is_saved_and_not_resumed(tmp_path):
+    model = small_model()
+    trainer = Trainer(model, IDS, TrainingConfig(optimizer="muon"), optimizer=torch.optim.SGD(model.parameters()))
+    with pytest.raises(ValueError, match="was trained with SGD, and only Muon and AdamW is resumed: train anew"):
+        Trainer.resume(trainer.save(tmp_path / "model", TOKENIZER), IDS)
+
+
 def test_a_model_without_training_state_cannot_be_resumed(tmp_path):
     from slm_lib import checkpoints
 
