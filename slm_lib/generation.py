@@ -4,6 +4,7 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -71,10 +72,10 @@ def _within(name: str, value: float, low: float, high: float, reason: str) -> No
 
 
 class _Window:
-    """Reads growing ids (B, T) and gives the logits (B, V) of what follows them; a GPT reads only what is new.
+    """Reads growing ids (B, T) and gives the logits (B, V) of what follows; with a cache it reads only what is new.
 
-    The window holds block_size tokens. Once it is full, a GPT begins a new one with the last `keep` of them; a model
-    that has no cache reads its last block_size tokens each time.
+    The window holds block_size tokens. Once it is full, a new one begins with the last `keep` of them; a model that
+    can be read without a cache alone reads its last block_size tokens each time.
     """
 
     def __init__(self, model: nn.Module, B: int, keep: int | None = None):
@@ -82,7 +83,7 @@ class _Window:
         self.keep = max(1, self.size // 2) if keep is None else keep
         _within("keep", self.keep, 1, self.size, "so many tokens are read again when the window is full")
         self.device = next(model.parameters()).device
-        self.cache = KeyValueCache.of(model, B) if isinstance(model, GPT) else None
+        self.cache = KeyValueCache.of(model, B) if _remembers(model) else None
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
@@ -98,6 +99,12 @@ class _Window:
         """Go on with these rows of the batch."""
         if self.cache is not None:
             self.cache.take(rows.to(self.device))
+
+
+def _remembers(model: nn.Module) -> bool:
+    """Whether a model can be read with a cache: a GPT whose attention nobody replaced by one that takes none."""
+    attentions = [block.attention for block in model.blocks] if isinstance(model, GPT) else [None]
+    return all(attention is not None and "cache" in signature(attention.forward).parameters for attention in attentions)
 
 
 def _draw(

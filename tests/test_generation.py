@@ -1,15 +1,24 @@
 """What is drawn comes from the model's own probabilities, reshaped as asked, and a seed repeats it."""
 
+import ast
+import contextlib
 import itertools
 import random
+import re
+from types import FunctionType
+from unittest.mock import patch
 
 import pytest
 import torch
+from exercises import assert_graded, code_cells, lesson_path, notices
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
+from slm_lib import checkpoints, widgets
 from slm_lib.blocks import GPT, GPTConfig
+from slm_lib.cache import KeyValueCache
+from slm_lib.checkpoints import load_model
 from slm_lib.data import CharTokenizer
 from slm_lib.generation import (
     Concordance,
@@ -152,6 +161,17 @@ def test_a_model_without_a_cache_sees_its_last_block(model):
     assert plain.lengths == [2, 3, 4, 5] + [6] * 16
 
 
+def test_a_gpt_with_parts_of_the_readers_own_is_read_without_a_cache():
+    class Mine(torch.nn.Module):
+        def forward(self, x):
+            return x.cumsum(1)
+
+    model = tiny()
+    for block in model.blocks:
+        block.attention = Mine()
+    assert len(generate(model, TOKENIZER, "ab", 20)) == 20
+
+
 def test_many_at_once_are_each_what_its_seed_gives():
     model = tiny()
     for wishes in ({}, {"top_p": 0.7, "repetition_penalty": 1.2}):
@@ -268,3 +288,266 @@ def test_bad_wishes_are_refused_by_name(model, options, words):
 def test_other_bad_wishes_are_refused_too(model, ask, words):
     with pytest.raises(ValueError, match=words):
         ask(model)
+
+
+# --- the lesson: break a thing of the library once, and each proof that rests on it fails -----------------------------
+
+LESSON = lesson_path("generation")
+
+
+class BrokenConcordance(Concordance):
+    def runs(self, written):
+        return [run + 1 for run in super().runs(written)]
+
+    def seen(self, written, n=8):
+        return super().seen(written, n) * 1.000001
+
+
+class BrokenCache(KeyValueCache):
+    def attend(self, layer, query, key, value):
+        return super().attend(layer, query, key, 1.000001 * value)
+
+    @classmethod
+    def of(cls, model, B=1):
+        cache = super().of(model, B)
+        cache.keys.append(cache.keys[0])
+        return cache
+
+
+BROKEN = {
+    "next_probabilities": lambda *args, **kwargs: next_probabilities(*args, **kwargs) * 1.000001,
+    "penalise": lambda logits, seen, penalty: penalise(logits, seen, 1.000001 * penalty),
+    "stream": lambda *args, **kwargs: ["!", *stream(*args, **kwargs)],
+    "generate": lambda *args, **kwargs: generate(*args, **kwargs)[::-1],
+    "continuations": lambda *args, **kwargs: continuations(*args, **kwargs)[::-1],
+    "beam_search": lambda *args: [(text, 1.000001 * score) for text, score in beam_search(*args)][::-1],
+    "distinct": lambda text, n: distinct(text, n + 1),
+    "Concordance": BrokenConcordance,
+    "KeyValueCache": BrokenCache,
+}
+# Cells that write long texts; of these only the functions that they define are kept.
+LONG_WORK = re.compile(
+    r"widgets\.|penalties|beam_search\(model|samples|five\.|by_hand\(play_train, n,|writing|costs|loop ="
+)
+
+
+def small_model(folder):
+    """In place of the trained model: the same letters, and few numbers."""
+    _, tokenizer, provenance = load_model(folder)
+    torch.manual_seed(0)
+    sizes = {"block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 16}
+    model = GPT(GPTConfig.modern(vocab_size=tokenizer.vocab_size, **sizes)).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    return model, tokenizer, provenance
+
+
+def walk():
+    """Run the lesson on a small model, long work left out; yield each cell's source, and the names before it ran."""
+    names = {}
+    with pytest.MonkeyPatch.context() as patched, contextlib.chdir(LESSON.parent):
+        patched.setenv("SLM_CORPUS", "playhouse")
+        patched.setattr(checkpoints, "load_model", small_model)
+        for source in code_cells(LESSON):
+            yield source, names
+            nodes, long = ast.parse(source).body, LONG_WORK.search(source) and "check.same(" not in source
+            kept = [node for node in nodes if not long or isinstance(node, ast.FunctionDef)]
+            with contextlib.suppress(AssertionError, NameError):  # claims about the trained model, and about long texts
+                exec(compile(ast.Module(kept, []), "lesson", "exec"), names)
+            names.setdefault("texts", {"greedy": ["to be or not to be or not to be"]})
+            if "plt" in names:
+                names["plt"].close("all")
+
+
+@pytest.fixture(scope="module")
+def lesson():
+    """The names of the lesson, on a small model."""
+    return [names for _, names in walk()][-1]
+
+
+def test_each_proof_fails_when_the_library_is_broken():
+    caught, forward = set(), GPT.forward
+    for source, names in walk():
+        if "check.same(" not in source:
+            continue
+        broken = {name: BROKEN[name] for name in BROKEN if name in source}
+        noticed = {name for name, thing in broken.items() if notices(source, {**names, **instead(name, thing, names)})}
+        if "uncached" in source:  # what the model says when it reads everything
+            with patch.object(GPT, "forward", lambda self, *args: forward(self, *args) * 1.000001):
+                off = {"uncached": names["uncached"] * 1.000001} if "uncached" in names else {}
+                noticed |= {"uncached"} if notices(source, {**names, **off}) else set()
+        assert noticed, f"no broken thing is noticed by this proof:\n{source}"
+        caught |= noticed
+    assert caught == {*BROKEN, "uncached"}
+
+
+def instead(name, thing, names):
+    """The broken thing, also in what was made of it in an earlier cell."""
+    made = {name: thing}
+    if name == "Concordance" and "concordance" in names:
+        made["concordance"] = BrokenConcordance(names["concordance"].text)
+    return made
+
+
+# --- its exercises ----------------------------------------------------------------------------------------------------
+
+
+def stops_before_it_is_reached(chances, p):
+    return int((chances.sort(descending=True).values.cumsum(0) < p).sum())
+
+
+def takes_them_as_they_come(chances, p):
+    return int((chances.cumsum(0) < p).sum()) + 1
+
+
+def begins_with_the_rarest(chances, p):
+    return int((chances.sort().values.cumsum(0) < p).sum()) + 1
+
+
+def halving(hotter_if_less):
+    def answer(logits, nats):
+        low, high = 0.01, 100.0
+        for _ in range(60):
+            middle = (low * high) ** 0.5
+            chances = (logits / middle).softmax(-1)
+            less = -torch.special.xlogy(chances, chances).sum() < nats
+            low, high = (middle, high) if less == hotter_if_less else (low, middle)
+        return middle
+
+    return answer
+
+
+def multiplies(logits, nats):
+    return 1 / halving(True)(logits, nats)
+
+
+def too_few_steps(logits, nats):
+    return round(halving(True)(logits, nats), 1) + 0.05
+
+
+def bans_the_first_alone(ids, n):
+    return set(sorted(right_banned(ids, n))[:1])
+
+
+def right_banned(ids, n):
+    runs = {tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)}
+    return {new for new in set(ids) if len(ids) >= n and tuple([*ids, new][-n:]) in runs}
+
+
+def one_too_short(ids, n):
+    beginning = ids[max(0, len(ids) - n) :]
+    return {ids[i + n] for i in range(len(ids) - n) if ids[i : i + n] == beginning}
+
+
+def forgets_the_empty_beginning(ids, n):
+    beginning = ids[-(n - 1) :]
+    return {ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == beginning}
+
+
+def keeps_too_much(p, q):
+    return (p / q), p
+
+
+def draws_from_p_again(p, q):
+    return (p / q).clamp(max=1), p
+
+
+def leaves_it_negative(p, q):
+    return (p / q).clamp(max=1), (p - q) / (p - q).sum().clamp(min=1e-9)
+
+
+def never_keeps(p, q):
+    return torch.zeros_like(p), p
+
+
+@torch.no_grad()
+def reads_it_again(model, prompt, endings):
+    scores = []
+    for ending in endings:
+        z = model(torch.tensor([prompt + ending]))[0].log_softmax(-1)
+        scores.append(sum(z[len(prompt) + i - 1, token].item() for i, token in enumerate(ending)))
+    return scores
+
+
+@torch.no_grad()
+def never_forgets(model, prompt, endings):
+    cache, scores = KeyValueCache.of(model), []
+    first = model(torch.tensor([prompt]), cache)[0, -1:]
+    for ending in endings:
+        z = torch.cat([first, model(torch.tensor([ending]), cache)[0, :-1]])
+        scores.append(z.log_softmax(-1)[range(len(ending)), ending].sum().item())
+    return scores
+
+
+def without_the_first(model, prompt, endings):
+    return [log_probability_of(model, prompt, ending)[1:].sum().item() for ending in endings]
+
+
+def the_mean(model, prompt, endings):
+    return [log_probability_of(model, prompt, ending).mean().item() for ending in endings]
+
+
+@torch.no_grad()
+def log_probability_of(model, prompt, ending):
+    z = model(torch.tensor([prompt + ending]))[0].log_softmax(-1)
+    return z[len(prompt) - 1 :][range(len(ending)), ending]
+
+
+def test_graders():
+    assert_graded("generation", {
+        "my_nucleus": [stops_before_it_is_reached, takes_them_as_they_come, begins_with_the_rarest],
+        "my_temperature": [halving(False), multiplies, too_few_steps],
+        "my_banned": [bans_the_first_alone, one_too_short, forgets_the_empty_beginning],
+        "my_speculation": [keeps_too_much, draws_from_p_again, leaves_it_negative, never_keeps],
+        "my_endings": [reads_it_again, never_forgets, without_the_first, the_mean],
+    })  # fmt: skip
+
+
+# --- its panels -------------------------------------------------------------------------------------------------------
+
+
+def test_the_panel_reshapes_as_its_sliders_move(lesson):
+    panel = widgets.Panel(
+        lesson["draw_next"], place=widgets.slider(0, 50, 3), temperature=widgets.slider(0.0, 3.0, 1.0, 0.1),
+        top_k=widgets.slider(1, 65, 65), top_p=widgets.slider(0.05, 1.0, 1.0), min_p=widgets.slider(0.0, 1.0, 0.0),
+    )  # fmt: skip
+    seen = {panel.image.value}
+    for change in ({"place": 9}, {"temperature": 0.0}, {"temperature": 3.0}, {"top_k": 3}, {"top_k": 9, "top_p": 0.3},
+                   {"top_p": 1.0, "min_p": 0.5}):  # fmt: skip
+        panel.set(**change)
+        assert panel.status.value == "" and panel.image.value not in seen, change
+        seen.add(panel.image.value)
+
+
+def test_the_writer_follows_its_sliders(lesson):
+    model, tokenizer = lesson["model"], lesson["tokenizer"]
+    panel = widgets.WritePanel(
+        lesson["write"], prompt="ROMEO:\n", temperature=1.0, top_p=widgets.slider(0.05, 1.0, 1.0),
+        min_p=widgets.slider(0.0, 1.0, 0.1),
+    )  # fmt: skip
+    for wishes in ({"top_p": 1.0, "min_p": 0.1}, {"top_p": 0.3, "min_p": 0.0}):
+        panel.set(**wishes)
+        assert panel.wait(60)
+        assert panel.text == "ROMEO:\n" + generate(model, tokenizer, "ROMEO:\n", 300, 1.0, **wishes)
+
+
+def test_the_panel_of_copies_shows_each_sample(lesson):
+    texts = {0.4: ["to be or not to be", "not to be or to be"], "held-out text": ["or to be not", "to"]}
+    places = {"samples": texts, "concordance": Concordance("to be or not to be, that is the question")}
+    draw = lesson["draw_copied"]
+    draw = FunctionType(draw.__code__, {**lesson, **places}, "draw", draw.__defaults__, draw.__closure__)
+    texts["held-out text"][1] = "to be a question"
+    panel = widgets.Panel(draw, temperature=widgets.choice(list(texts)), sample=widgets.slider(1, 2, 1))
+    seen = {panel.image.value}
+    for change in ({"sample": 2}, {"temperature": "held-out text"}, {"sample": 1}):
+        panel.set(**change)
+        assert panel.status.value == "" and panel.image.value not in seen, (change, panel.status.value)
+        seen.add(panel.image.value)
+
+
+@given(st.text("ab", max_size=20))
+def test_a_character_belongs_to_the_longest_run_that_covers_it(lesson, written):
+    runs = Concordance("abba aab bab").runs(written)
+    slow = [
+        max([run for start, run in enumerate(runs) if start <= i < start + run], default=0) for i in range(len(runs))
+    ]
+    assert lesson["belongs_to"](runs) == slow
