@@ -2,7 +2,8 @@
 
 A checkout of github.com/karpathy/nanoGPT is never changed: a temporary copy of it gets tiny Shakespeare, and its
 train.py runs there as it is. Two things reach into it from outside: the seed that it fixes, torch.manual_seed(1337),
-is moved by ours, and PyTorch is asked to tell the time after each update.
+is moved by ours, and PyTorch is asked to tell the time after each update. It evaluates only before its first update
+and after its last, which it saves.
 
 The clock counts training only: for nanoGPT from update to update, its evaluations and start-up left out; for ours the
 updates, and for the n-gram the counting. Memory is the most that the process held until training ended.
@@ -49,26 +50,28 @@ SECOND_PLAY = "Master:\nBoatswain!"  # how The Tempest begins; before it stands 
 # --- one evaluator for all --------------------------------------------------------------------------------------------
 
 
-def overlapping(model: nn.Module, ids: Tensor) -> Tensor:
+def overlapping(model: nn.Module, ids: Tensor, own: Tensor) -> Tensor:
     """The surprise (N,) of each token of `ids` (N,), with at least three quarters of block_size before it, or all.
 
-    Four passes in disjoint windows, each begun a quarter later, of which the last quarters of the windows are kept.
+    To `own`, that in disjoint windows, come passes whose windows begin a quarter later each, of which the last quarters
+    of the windows are kept.
     """
-    T = model.config.block_size
-    losses, quarter = training.surprisal(model, ids), T // 4
-    for offset in range(quarter, T, quarter):
+    T, surprises = model.config.block_size, own.clone()
+    for offset in range(T // 4, T, T // 4):
         later = training.surprisal(model, ids[offset:], start_id=int(ids[offset - 1]))
-        kept = torch.arange(len(later)) % T >= T - quarter
-        losses[offset:][kept] = later[kept]
-    return losses
+        kept = torch.arange(len(later)) % T >= T - T // 4
+        surprises[offset:][kept] = later[kept]
+    return surprises
 
 
 def columns(model: nn.Module | KneserNey, ids: Tensor) -> dict[str, Tensor]:
-    """The surprise (N,) of each character in the three columns; what counts has no windows of its own."""
+    """The surprise (N,) of each character in the three columns; a model that counts has no windows of its own."""
     if isinstance(model, KneserNey):
-        return {"64": model.score(ids, context=CONTEXT), "own": model.score(ids), "full": model.score(ids)}
-    own, full = training.surprisal(model, ids), overlapping(model, ids)
-    return {"64": training.surprisal(model, ids, CONTEXT), "own": own, "full": full}
+        own = model.score(ids)
+        return {"64": model.score(ids, CONTEXT), "own": own, "full": own}
+    own = training.surprisal(model, ids)
+    equal = own if model.config.block_size == CONTEXT else training.surprisal(model, ids, CONTEXT)
+    return {"64": equal, "own": own, "full": overlapping(model, ids, own)}
 
 
 def losses(model: nn.Module | KneserNey, text: str) -> dict[str, float]:
