@@ -37,6 +37,9 @@ class CausalSelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if cache is not None:  # slm_lib.cache: x goes on where the cache ends, and looks back at what it keeps
             mixed = cache.attend(layer, query, key, value)
+        elif value.dtype == torch.bfloat16 and value.device.type == "cpu":
+            # written out: the fused kernel's backward pass takes five times as long in this precision on a processor
+            mixed = F.dropout(self._weights(query, key), dropout) @ value
         else:
             # softmax(query @ key.T / sqrt(D)) @ value, the future masked: (B, H, T, T) @ (B, H, T, D) = (B, H, T, D)
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
@@ -48,8 +51,12 @@ class CausalSelfAttention(nn.Module):
         `forward` mixes the values with these and never writes them down; this is the slow way, made to be looked at.
         """
         query, key, _ = self._queries_keys_values(x)
+        return self._weights(query, key)
+
+    def _weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """What each query makes of the keys up to its own place: two tensors (B, H, T, D) to (B, H, T, T)."""
         scores = query @ key.transpose(2, 3) * self.head_size**-0.5  # (B, H, T, D) @ (B, H, D, T) = (B, H, T, T)
-        future = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
+        future = torch.ones(scores.shape[2:], dtype=torch.bool, device=query.device).triu(1)
         return scores.masked_fill(future, -torch.inf).softmax(-1)
 
     def _queries_keys_values(self, x: Tensor, cache=None) -> tuple[Tensor, Tensor, Tensor]:

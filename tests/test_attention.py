@@ -41,6 +41,28 @@ def test_equals_torch_multihead_attention():
     torch.testing.assert_close(mine.weights(x), weights, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rotary", [False, True])
+def test_bfloat16_on_a_processor_gives_the_same_to_its_rounding(rotary, dropout):
+    """Under autocast the mixing takes another road; output and gradients stay near those of float32."""
+    torch.manual_seed(0)
+    layer = CausalSelfAttention(32, 4, dropout=dropout, rotary=rotary, qk_norm=True).train(dropout > 0)
+    x = torch.randn(3, 20, 32)
+    found = []
+    for lower in (False, True):
+        torch.manual_seed(1)
+        passes = 300 if dropout else 1  # dropout is drawn elsewhere in the two roads: their means are compared
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            out = torch.stack([layer(x).float() for _ in range(passes)]).mean(0)
+        layer.zero_grad()
+        out.square().sum().backward()
+        found.append((out.detach(), layer.qkv.weight.grad.clone()))
+    (out, gradient), (lower_out, lower_gradient) = found
+    assert not torch.equal(out, lower_out)
+    assert (out - lower_out).norm() < (0.1 if dropout else 0.02) * out.norm()
+    assert (gradient - lower_gradient).norm() < (0.15 if dropout else 0.03) * gradient.norm()
+
+
 def test_gradients_equal_those_of_torch_multihead_attention():
     mine, theirs, future = twins()
     x = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
