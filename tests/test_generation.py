@@ -510,12 +510,11 @@ def test_the_panel_reshapes_as_its_sliders_move(lesson):
         lesson["draw_next"], place=widgets.slider(0, 50, 3), temperature=widgets.slider(0.0, 3.0, 1.0, 0.1),
         top_k=widgets.slider(1, 65, 65), top_p=widgets.slider(0.05, 1.0, 1.0), min_p=widgets.slider(0.0, 1.0, 0.0),
     )  # fmt: skip
-    seen = {panel.image.value}
-    for change in ({"place": 9}, {"temperature": 0.0}, {"temperature": 3.0}, {"top_k": 3}, {"top_k": 9, "top_p": 0.3},
-                   {"top_p": 1.0, "min_p": 0.5}):  # fmt: skip
+    changes = [{"place": 9}, {"temperature": 0.0}, {"temperature": 3.0}, {"top_k": 9}, {"top_p": 0.3}, {"min_p": 1.0}]
+    for change in changes:
+        before = panel.image.value
         panel.set(**change)
-        assert panel.status.value == "" and panel.image.value not in seen, change
-        seen.add(panel.image.value)
+        assert panel.status.value == "" and panel.image.value != before, change
 
 
 def test_the_writer_follows_its_sliders(lesson):
