@@ -18,4 +18,4 @@ def test_shakespeare_on_a_cpu_is_small_enough_for_two_minutes():
     preset = PRESETS["shakespeare-cpu"]
     tokens = preset.training.max_iters * preset.training.batch_size * preset.sizes["block_size"]
     flops = 6 * GPT(preset.model_config(vocab_size=65)).n_parameters * tokens
-    assert flops < 1.2e13  # two cores do about 1e11 a second
+    assert flops < 2.4e13  # two cores do about 2e11 a second in bfloat16
