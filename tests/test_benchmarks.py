@@ -327,3 +327,56 @@ def test_the_flags_are_searched_in_the_same_time_and_the_best_is_kept(cpu, tmp_p
     assert best["flags"] == {"learning_rate": 4e-3, "min_lr": 0.0, "beta2": 0.95} and best["steps"] == 2_000
     assert {row["steps"] for row in rows if (row["flags"] or {}).get("batch_size") == 8} == {1_333}
     assert [row["order"] for row in rows if row["variant"] == "n-gram"] == cpu.ORDERS
+
+
+@pytest.fixture(scope="module")
+def writing():
+    """benchmarks/generation.py, under another name than that of the library's module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        import generation
+
+        yield generation
+    for name in ("generation", "contestants", "record"):
+        sys.modules.pop(name, None)
+
+
+def small_gpt2(block_size=16):
+    torch.manual_seed(0)
+    config = GPTConfig.gpt2(vocab_size=65, block_size=block_size, n_layer=1, n_head=2, n_embd=8, bias=False)
+    return GPT(config).eval()
+
+
+def test_every_name_of_nanogpt_finds_the_weight_that_is_meant(writing):
+    block = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
+    names = ["transformer.wte", "transformer.wpe", *(f"transformer.h.0.{part}" for part in block), "transformer.ln_f"]
+    theirs = {f"{name}.weight": torch.tensor(i) for i, name in enumerate([*names, "lm_head"])}
+    found = writing.translated(theirs)
+    assert set(found) == set(small_gpt2().state_dict())
+    meant = {"embedding.token": 0, "blocks.0.attention.qkv": 3, "blocks.0.attention.output": 4,
+             "blocks.0.norm2": 5, "blocks.0.mlp.down": 7, "norm": 8}  # fmt: skip
+    assert {name: found[f"{name}.weight"].item() for name in meant} == meant
+
+
+def test_a_stretch_is_a_window_that_fills_or_two_turns_beyond_it(writing):
+    assert writing.work(64, "growing") == ("\n", 64)
+    begin, length = writing.work(64, "full")
+    assert len(begin) == 64 and length == 1 + 2 * 33
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_the_time_of_writing_is_measured(writing, streams):
+    assert 0 < writing.seconds_of_ours(small_gpt2(), streams, *writing.work(16, "full")) < 60
+
+
+def test_the_table_of_writing_shows_the_median_and_the_range_of_the_ratios(writing):
+    cell = {"shape": "10.7M", "context": 256, "streams": 1, "stretch": "full", "every": 1}
+    rows = [{**cell, "nanogpt": 100, "ours": 1_000 * ratio, "ratio": ratio} for ratio in (12.0, 9.0, 10.0)]
+    lines = writing.table(rows).splitlines()
+    assert len(lines) == 3 and "| 100 | 10,000 | 10.0 (9.0 to 12.0) | at least 10 |" in lines[2]
+
+
+def test_weights_of_another_nanogpt_are_refused(writing, tmp_path):
+    (tmp_path / "model.py").write_text("class GPT: pass")
+    with pytest.raises(ValueError, match=writing.COMMIT):
+        writing.load_nanogpt(tmp_path)
