@@ -2,7 +2,7 @@
 
 "counted" vectors come from the training text alone: how much more often than by chance two characters stand side by
 side (positive pointwise mutual information), factorised. "trained" vectors are the token table of
-models/shakespeare-cpu. Each is also tried with its rows shuffled: the same numbers, given to the wrong characters.
+models/shakespeare-small. Each is also tried with its rows shuffled: the same numbers, given to the wrong characters.
 Within a deviation all tables have as many columns as the model, so that content alone is compared: first 0.02, with
 which this project's models begin, then 0.15, about that of the trained table. Within a seed all else is equal: the
 other weights, and the batches. It takes seven minutes.
@@ -43,7 +43,7 @@ def counted_vectors(ids: Tensor, vocab_size: int) -> Tensor:
 
 
 def tables(ids: Tensor, vocab_size: int) -> dict[str, Tensor]:
-    trained = checkpoints.load_model(record.ROOT / "models" / "shakespeare-cpu")[0].embedding.token.weight.detach()
+    trained = checkpoints.load_model(record.ROOT / "models" / "shakespeare-small")[0].embedding.token.weight.detach()
     return {
         name: principal(vectors, SIZES["n_embd"])
         for name, vectors in {"counted": counted_vectors(ids, vocab_size), "trained": trained.double()}.items()

@@ -240,6 +240,7 @@ PANELS = {
     "attention": "widgets.Panel(draw_head",
     "blocks": "draw_parts, n_layer=widgets",
     "adam": "draw_path, surface=widgets",
+    "generation": "widgets.Panel(\n    draw_next, place=widgets",
 }
 RUN_PANELS = {"training": "panel = widgets.RunPanel(\n    train_live", "tuning": "widgets.RunPanel(try_out"}
 
