@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(call=runs.train)
     command.add_argument("--out", type=Path, help="where checkpoints and model go; by default a new folder in runs/")
     command.add_argument("--resume", type=Path, metavar="FOLDER", help="go on from the newest checkpoint in FOLDER")
+    command.add_argument("--minutes", type=float, metavar="M", help="train for so long: instead of --max-iters")
     runs.add_arguments(command)
     command = commands.add_parser("tune", help="search for better settings; start it several times to search faster")
     command.set_defaults(call=tune)

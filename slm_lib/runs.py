@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import io
 import math
 import os
@@ -20,7 +21,7 @@ from slm_lib.faults import enough_memory
 from slm_lib.ngrams import loss_units
 from slm_lib.presets import PRESETS
 from slm_lib.provenance import provenance
-from slm_lib.settings import CHOICES
+from slm_lib.settings import CHOICES, TrainingConfig, fastest_precision
 
 RUNS = Path("runs")
 SIZES = {
@@ -43,7 +44,7 @@ SETTINGS = {
     "seed": "the same seed trains the same model",
     "gradient_accumulation": "cut each batch into so many pieces, to take less memory",
     "schedule": "how the learning rate goes on after the warm-up",
-    "precision": "of matrix products; auto is bfloat16 on CUDA",
+    "precision": "of matrix products; auto is bfloat16 where this machine is faster with it, and float32 elsewhere",
     "optimizer": "muon moves the matrices inside the blocks by Muon, and all else by AdamW",
 }
 
@@ -139,7 +140,8 @@ def train(args: argparse.Namespace) -> None:
         run.commands.append(" ".join(["python -m slm_lib", *sys.argv[1:]]))
         model, config, count = run.trainer.model, run.trainer.config, run.trainer.ranks.count
         place = str(device) if count == 1 else f"{count} processes ({device.type})"
-        print(f"model: {model.n_parameters:,} parameters, a vocabulary of {run.tokenizer.vocab_size:,}, on {place}; "
+        print(f"model: {model.n_parameters:,} parameters, a vocabulary of {run.tokenizer.vocab_size:,}, on {place} in "
+              f"{config.precision}; "
               f"{config.max_iters:,} steps of {config.batch_size} x {run.trainer.block_size} tokens; "
               f"checkpoints in {run.folder}")
         run.go()
@@ -167,16 +169,58 @@ def processes(name: str) -> Iterator[torch.device]:
 
 
 def _start(args: argparse.Namespace, corpus: data.Corpus, device: torch.device) -> Run:
+    if args.minutes is not None and args.max_iters is not None:
+        raise ValueError("--minutes and --max-iters both say when to end: leave one of the two out")
     folder = args.out or _new_folder(RUNS / args.preset)
     if kept_checkpoints(folder) or (folder / "model").exists():
         raise FileExistsError(f"{folder} is in use: go on with it by --resume {folder}, or name another --out")
     text, _ = data.split(corpus)
     tokenizer = make_tokenizer(args, corpus, text)
-    config = replace(PRESETS[args.preset].training, **given(args, [*SETTINGS, "compile"]))
+    config = make_training(args, device)
     model = make_model(args, tokenizer.vocab_size, config.seed, device)
     trainer = training.Trainer(model, tokenizer.encode(text), config)
+    if args.minutes is not None:
+        steps = steps_within(trainer, 60 * args.minutes)
+        trainer.config = replace(config, max_iters=steps)
+        print(f"{args.minutes:g} minutes are {steps:,} steps here, as timed on a copy of the model")
     _sweep(trainer, folder)
     return Run(trainer, tokenizer, corpus, folder, [])
+
+
+def make_training(args: argparse.Namespace, device: torch.device) -> TrainingConfig:
+    """The preset's settings, changed by those of the command line; "auto" precision becomes the one that is fast here.
+
+    So what is stored says it outright, and a run that is resumed elsewhere goes on as it began.
+    """
+    config = replace(PRESETS[args.preset].training, **given(args, [*SETTINGS, "compile"]))
+    return replace(config, precision=fastest_precision(device)) if config.precision == "auto" else config
+
+
+def steps_within(trainer: training.Trainer, seconds: float) -> int:
+    """How many steps of a training fit into a time, its own few timed steps included; the trainer stays as it is.
+
+    Those steps are made by a copy of the model. Several processes agree on the number.
+    """
+    if not 0 < seconds < 1e8:
+        raise ValueError(f"{seconds / 60:g} minutes are no time to train in: give more than 0, less than three years")
+    with torch.random.fork_rng([trainer.device] if trainer.device.type == "cuda" else []):
+        model, config = copy.deepcopy(trainer.model), trainer.config
+        probe = training.Trainer(model, trainer.ids, config, trainer.block_size)
+        first = _timed(probe, 1)  # compiles, where that is asked for
+        few = _timed(probe, 3)
+        count = max(3, min(100, int(seconds / 40 / (few / 3))))
+        last = _timed(probe, count)
+    step = last / count
+    return max(1, int((seconds - first - few - last - (first - step)) / step))  # its first step will take longer too
+
+
+def _timed(trainer: training.Trainer, steps: int) -> float:
+    """Seconds for so many steps, on average over the processes."""
+    before = trainer.history.seconds
+    trainer.config = replace(trainer.config, max_iters=trainer.step + steps)
+    if trainer.run(progress=False).interrupted:
+        sys.exit("stopped before the training began")
+    return trainer.ranks.mean(torch.tensor(trainer.history.seconds - before, device=trainer.device))
 
 
 def _sweep(trainer: training.Trainer, folder: Path) -> None:
@@ -208,7 +252,7 @@ def given(args: argparse.Namespace, names) -> dict:
 
 def _resume(args: argparse.Namespace, corpus: data.Corpus, device: torch.device) -> Run:
     """The run as the newest whole checkpoint in a folder has it."""
-    if late := given(args, [*SIZES, "vocab_size", "design", "out", *sorted(training.KEPT)]):
+    if late := given(args, [*SIZES, "vocab_size", "design", "out", "minutes", *sorted(training.KEPT)]):
         raise ValueError(f"{', '.join(map(option, late))} cannot change half-way: leave it out, or start anew")
     text, _ = data.split(corpus)
     for checkpoint in reversed(kept_checkpoints(args.resume)):

@@ -89,8 +89,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     """AdamW for all, or "muon": Muon for the matrices inside the model's blocks, and AdamW for all else.
 
     Embedding and head are tables of vectors rather than maps, which is why AdamW keeps them (Jordan et al., 2024).
-    Matrices decay, all by the same share in a step, vectors do not. Raises ValueError for muon where a model has no
-    `blocks` with matrices.
+    Matrices decay, vectors do not. Raises ValueError for muon where a model has no `blocks` with matrices.
     """
     inside = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
     if config.optimizer == "adamw":
@@ -98,8 +97,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     if not inside:
         raise ValueError("optimizer muon moves matrices inside blocks, and this model has none: take adamw")
     rest = [p for p in model.parameters() if all(p is not q for q in inside)]
-    decay = config.weight_decay / MUON_LR_SCALE  # it is multiplied by the learning rate
-    muon = Muon([{"params": inside, "lr_scale": MUON_LR_SCALE}], config.learning_rate, decay)
+    muon = Muon([{"params": inside, "lr_scale": MUON_LR_SCALE}], config.learning_rate, config.weight_decay)
     return Together(muon, _adamw(rest, config))
 
 
@@ -109,3 +107,16 @@ def _adamw(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.opti
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     fused = parameters[0].device.type in ("cpu", "cuda")  # one kernel for all weights; older PyTorch has none for MPS
     return torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=fused)
+
+
+def fastest_precision(device: torch.device) -> str:
+    """bfloat16 for devices that are made for it, float32 for the others, which would be slower with it.
+
+    Made for it are CUDA devices from Ampere on, and processors that say so: a machine always gives the same answer.
+    """
+    if device.type == "cuda":
+        made_for_it = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        known = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch cannot tell
+        made_for_it = device.type == "cpu" and (known.get("avx512_bf16") or known.get("amx_bf16"))
+    return "bfloat16" if made_for_it else "float32"

@@ -102,7 +102,7 @@ class Search:
 
     def trainer(self, chosen: dict) -> training.Trainer:
         """A fresh model and its training with the chosen settings."""
-        config = replace(PRESETS[self.args.preset].training, **runs.given(self.args, [*runs.SETTINGS, "compile"]))
+        config = runs.make_training(self.args, self.device)
         config = replace(config, **{name: value for name, value in chosen.items() if name in runs.SETTINGS})
         config = replace(config, eval_interval=max(1, -(-config.max_iters // LOOKS)))
         sizes = {name: value for name, value in chosen.items() if name in runs.SIZES}

@@ -21,7 +21,7 @@ IDS = torch.tensor([(i * i + i // 7) % 5 for i in range(600)])
 CASES = {"plain": {}, "accumulated": {"gradient_accumulation": 3}, "cosine": {"schedule": "cosine", "grad_clip": 0.05},
          "muon": {"optimizer": "muon"}}  # fmt: skip
 TINY = ["--corpus", "mine.txt", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16",
-        "--batch-size", "4", "--device", "cpu"]  # fmt: skip
+        "--batch-size", "4", "--device", "cpu", "--precision", "float32"]  # fmt: skip
 
 
 def double_model(seed: int) -> GPT:
@@ -188,7 +188,7 @@ def test_the_command_line_under_torchrun(place, monkeypatch, capsys):
         output, errors = running.communicate(timeout=150)
     assert running.returncode == 0, errors
     assert output.count("corpus: mine") == output.count("loss on the whole validation text") == 1
-    assert "on 2 processes (cpu); 12 steps of 4 x 16 tokens" in output
+    assert "on 2 processes (cpu) in float32; 12 steps of 4 x 16 tokens" in output
     assert sorted(os.listdir("two")) == ["model", "step-000010", "step-000012"]
     one, two = (json.loads(checkpoints.verify(f"{folder}/step-000012")["training.json"]) for folder in ("one", "two"))
     assert two["history"]["losses"] == pytest.approx(one["history"]["losses"], abs=1e-4)

@@ -2,10 +2,14 @@
 
 import json
 import os
+import signal
 
+import pytest
 import torch
 
 from slm_lib import checkpoints, runs
+from slm_lib.blocks import GPT, GPTConfig
+from slm_lib.settings import TrainingConfig
 
 TINY = ["--corpus", "mine.txt", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16",
         "--batch-size", "4", "--device", "cpu", "--out", "out", "--eval-interval", "3"]  # fmt: skip
@@ -71,6 +75,88 @@ def test_muon_on_the_command_line_is_kept_and_cannot_change_half_way(slm):
     assert died == "" and "8 steps" in printed
     state = json.loads(checkpoints.verify("out/step-000008")["training.json"])
     assert state["config"]["optimizer"] == "muon" and state["optimizer"] == "Muon and AdamW"
+
+
+def test_the_precision_that_is_fast_here_is_stored_and_stays(slm, monkeypatch):
+    monkeypatch.setattr(runs, "fastest_precision", lambda device: "bfloat16")
+    printed, died = slm("train", *TINY, "--max-iters", "6")
+    assert died == "" and "on cpu in bfloat16; 6 steps" in printed
+    monkeypatch.setattr(runs, "fastest_precision", lambda device: "float32")
+    runs.shutil.rmtree("out/model")
+    assert "on cpu in bfloat16; 8 steps" in slm("train", *RESUME, "--max-iters", "8")[0]
+    assert json.loads(checkpoints.verify("out/step-000008")["training.json"])["config"]["precision"] == "bfloat16"
+    assert "on cpu in float32;" in slm("train", *TINY, "--max-iters", "2", "--out", "b", "--precision", "float32")[0]
+
+
+MINUTES = ["--minutes", "0.02", "--dropout", "0.2", "--eval-interval", "100000"]
+
+
+def test_minutes_become_steps_once_and_the_run_is_that_of_so_many_steps(slm):
+    printed, died = slm("train", *TINY, *MINUTES)
+    assert died == "", died
+    steps = int(printed.split("0.02 minutes are ")[1].split(" steps here")[0].replace(",", ""))
+    assert f"; {steps:,} steps of 4 x 16 tokens" in printed and steps > 5
+    assert slm("train", *TINY, *MINUTES[2:], "--max-iters", str(steps), "--out", "straight")[1] == ""
+    one, other = (checkpoints.verify(f"{folder}/step-{steps:06d}") for folder in ("out", "straight"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert one[name] == other[name]
+    one, other = (json.loads(files["training.json"]) for files in (one, other))
+    assert one["config"] == other["config"] and one["history"]["losses"] == other["history"]["losses"]
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--minutes", "1", "--max-iters", "5"], "--minutes and --max-iters both say when to end: leave one of the two"),
+    (["--minutes", "0"], "0 minutes are no time to train in"), (["--minutes", "nan"], "nan minutes are no time"),
+    (["--minutes", "-2"], "-2 minutes are no time to train in"), (["--minutes", "1e300"], "1e+300 minutes are no time"),
+])  # fmt: skip
+def test_minutes_that_make_no_sense_are_refused(slm, words, told):
+    died = slm("train", *TINY, *words)[1]
+    assert told in died and not os.path.exists("out")
+
+
+def test_minutes_come_too_late_for_a_run_that_has_begun(slm):
+    assert slm("train", *TINY, "--max-iters", "3")[1] == ""
+    assert "--minutes cannot change half-way" in slm("train", *RESUME, "--minutes", "1")[1]
+
+
+def clocked(monkeypatch, first, others):
+    """Trainers whose steps take as long as is said, by their own account."""
+    def update(self):
+        self.history.losses.append(1.0)
+        passed.append(first if self.step == 1 else others)
+        return 1.0
+
+    passed = [0.0]
+    monkeypatch.setattr(runs.training.Trainer, "update", update)
+    monkeypatch.setattr(runs.training.time, "perf_counter", lambda: sum(passed))
+    return passed
+
+
+@pytest.mark.parametrize("first, others, seconds", [
+    (0.5, 0.5, 100), (20.5, 0.5, 100), (0.5, 0.5, 3), (0.01, 0.01, 10), (0.01, 0.01, 1000),
+])  # fmt: skip
+def test_the_steps_of_a_time_are_those_that_its_own_trials_leave(monkeypatch, first, others, seconds):
+    passed = clocked(monkeypatch, first, others)
+    model = GPT(GPTConfig.modern(vocab_size=3, block_size=4, n_layer=1, n_head=1, n_embd=4))
+    trainer = runs.training.Trainer(model, torch.arange(60) % 3, TrainingConfig(batch_size=2))
+    weights, drawn = [p.clone() for p in model.parameters()], trainer.generator.get_state()
+    steps = runs.steps_within(trainer, seconds)
+    spent = sum(passed) + first + (steps - 1) * others
+    assert seconds - 1.5 * others < spent < seconds + 1e-6 or (steps == 1 and seconds == 3)
+    assert sum(passed[1:]) < 2 * first + 5 * others + seconds / 30  # the trials are a small part of it
+    assert trainer.step == 0 and torch.equal(trainer.generator.get_state(), drawn)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+
+
+def test_a_stop_while_the_steps_are_timed_begins_nothing(slm, monkeypatch):
+    update = runs.training.Trainer.update
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(self)
+
+    monkeypatch.setattr(runs.training.Trainer, "update", interrupted)
+    assert slm("train", *TINY, "--minutes", "1")[1] == "stopped before the training began" and not os.path.exists("out")
 
 
 def test_a_finished_run_says_so_and_a_longer_one_keeps_both_models(slm):

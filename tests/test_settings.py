@@ -7,7 +7,7 @@ import torch
 
 from slm_lib import adam
 from slm_lib.blocks import GPT, GPTConfig
-from slm_lib.settings import MUON_LR_SCALE, TrainingConfig, learning_rate_at, make_optimizer
+from slm_lib.settings import MUON_LR_SCALE, TrainingConfig, fastest_precision, learning_rate_at, make_optimizer
 from slm_lib.training import Trainer
 
 IDS = torch.tensor([(i * i + i // 7) % 5 for i in range(600)])
@@ -138,7 +138,7 @@ def test_every_parameter_goes_to_its_optimizer_and_decays_if_it_is_a_matrix(desi
         inside = "attention" in name or "mlp" in name
         muon = optimizer == "muon" and inside and parameter.dim() == 2
         decay = 0.3 * (parameter.dim() >= 2)
-        assert found[name][:2] == ((adam.Muon, decay / MUON_LR_SCALE) if muon else (torch.optim.AdamW, decay)), name
+        assert found[name][:2] == (adam.Muon if muon else torch.optim.AdamW, decay), name
         assert found[name][2] == (MUON_LR_SCALE if muon else 1.0), name
 
 
@@ -153,7 +153,7 @@ def test_muon_with_torchs_adamw_trains_as_muon_with_ours():
         outside = [model.embedding.token.weight, model.head.weight]
         vectors = [p for p in model.parameters() if p.dim() == 1]
         groups = [{"params": outside, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-        alone = [adam.Muon([p], weight_decay=0.1 / MUON_LR_SCALE) for p in inside]
+        alone = [adam.Muon([p], weight_decay=0.1) for p in inside]
         for muon in alone:
             muon.param_groups[0]["lr_scale"] = MUON_LR_SCALE
         return adam.Together(*alone, adam.AdamW(groups, betas=(0.9, 0.95)))
@@ -181,3 +181,20 @@ def test_lower_precision_serves_muons_products_too():
         ends.append(model.blocks[0].mlp.up.weight.detach())
     assert not torch.equal(*ends)
     torch.testing.assert_close(*ends, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("known, expected", [
+    ({"avx512_bf16": True, "amx_bf16": False}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), ({}, "float32"),
+    ({"avx512_bf16": False, "avx512_f": True}, "float32"), (None, "float32"),
+])  # fmt: skip
+def test_bfloat16_is_fast_where_the_processor_is_made_for_it(monkeypatch, known, expected):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    if known is not None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert fastest_precision(torch.device("cpu")) == expected and fastest_precision(torch.device("mps")) == "float32"
+
+
+@pytest.mark.parametrize("capability, expected", [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_bfloat16_is_fast_on_newer_cuda_devices(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fastest_precision(torch.device("cuda")) == expected
