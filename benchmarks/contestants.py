@@ -31,6 +31,7 @@ from slm_lib import data, playhouse, training
 from slm_lib.blocks import GPT
 from slm_lib.ngrams import KneserNey
 from slm_lib.presets import PRESETS
+from slm_lib.settings import fastest_precision
 
 CONTEXT = 64  # what all are given alike in the first column
 TOKENIZER, PRESET = data.CharTokenizer(playhouse.SYMBOLS), PRESETS["shakespeare-cpu"]
@@ -126,9 +127,15 @@ def train_nanogpt(job: dict, train_ids: Tensor) -> tuple[nn.Module, dict]:
     return EveryPosition(model), {"parameters": sum(p.numel() for p in model.parameters()), **facts}
 
 
+def our_training(**changes) -> training.TrainingConfig:
+    """The preset's settings, with the precision that `make train` takes on this machine, and `changes`."""
+    config = replace(PRESET.training, **changes)
+    return replace(config, precision=fastest_precision(torch.device("cpu"))) if config.precision == "auto" else config
+
+
 def train_ours(job: dict, train_ids: Tensor) -> tuple[nn.Module, dict]:
     """Train the preset behind `make train` with the steps of `job`; return the model and what it took."""
-    config = replace(PRESET.training, seed=job["seed"], max_iters=job["steps"])
+    config = our_training(seed=job["seed"], max_iters=job["steps"])
     torch.manual_seed(config.seed)
     trainer = training.Trainer(GPT(PRESET.model_config(TOKENIZER.vocab_size)), train_ids, config)
     began = time.process_time()

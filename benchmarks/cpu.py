@@ -27,9 +27,10 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+import contestants
 import record
 import torch
-from contestants import COMMIT, NANOGPT, PRESET, RECIPE, SECOND_PLAY, TUNING_CHARACTERS, copy_nanogpt, measure
+from contestants import RECIPE, TUNING_CHARACTERS, copy_nanogpt, measure
 
 from slm_lib.ngrams import loss_units
 
@@ -117,9 +118,10 @@ def plan(base: dict, name: str, recipe_steps: int) -> tuple[dict[str, dict], dic
 
 def compete(base: dict, name: str, recipe_steps: int, seeds: list[int]) -> None:
     """Train and score every contestant with every seed, by turns, and keep each row as soon as it is there."""
-    config = {"nanogpt": {"commit": COMMIT, "files": NANOGPT, "flags": RECIPE, "steps": recipe_steps}, "seeds": seeds,
-              "ours": {"sizes": PRESET.sizes, "training": asdict(PRESET.training)}, "threads": base["threads"],
-              "margin": MARGIN, "columns": COLUMNS, "plays": PLAYS, "second_play": SECOND_PLAY}  # fmt: skip
+    nanogpt = {"commit": contestants.COMMIT, "files": contestants.NANOGPT, "flags": RECIPE, "steps": recipe_steps}
+    ours = {"sizes": contestants.PRESET.sizes, "training": asdict(contestants.our_training())}
+    config = {"nanogpt": nanogpt, "ours": ours, "seeds": seeds, "threads": base["threads"], "margin": MARGIN,
+              "columns": COLUMNS, "plays": PLAYS, "second_play": contestants.SECOND_PLAY}  # fmt: skip
     found = stored(name, config)
     jobs, speeds = (found["jobs"], found["seconds_per_step"]) if found["rows"] else plan(base, name, recipe_steps)
     for seed in seeds:

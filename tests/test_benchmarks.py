@@ -13,6 +13,7 @@ from torch import nn
 from slm_lib import data, training
 from slm_lib.blocks import GPT, GPTConfig
 from slm_lib.ngrams import KneserNey
+from slm_lib.settings import fastest_precision
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 
@@ -230,6 +231,9 @@ def test_ours_trains_the_preset_for_its_steps_and_says_what_it_took(contestants,
     monkeypatch.setattr(contestants, "PRESET", small)
     model, facts = contestants.train_ours({"seed": 1, "steps": 3}, torch.randint(65, (500,)))
     assert facts["characters_seen"] == 3 * small.training.batch_size * 16
+    assert contestants.our_training(seed=3) == replace(
+        small.training, seed=3, precision=fastest_precision(torch.device("cpu"))
+    )
     assert facts["parameters"] == model.n_parameters and facts["seconds"] > 0 and facts["memory_mib"] > 50
 
 
