@@ -1,6 +1,6 @@
 """Characters per second: our `slm_lib.generation` against nanoGPT's own `generate`, with the same weights.
 
-    python benchmarks/generation.py --nanogpt <a checkout of github.com/karpathy/nanoGPT>        (about 6 minutes)
+    python benchmarks/generation.py --nanogpt <a checkout of github.com/karpathy/nanoGPT>        (about 5 minutes)
 
 nanoGPT's weights are loaded into our `gpt2` design with the exact gelu; that both give the same logits, and the same
 likeliest text, is asserted first, in float64. Then both write the same number of characters after the same prompt, at
@@ -15,8 +15,10 @@ next, so a stretch costs it the sum of separate steps: of the longest stretches 
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
+import io
 import statistics
 import sys
 import time
@@ -70,7 +72,8 @@ def twins(nanogpt: ModuleType, shape: str, context: int) -> tuple[nn.Module, GPT
     """nanoGPT's model and ours with the same random weights, found to be equal."""
     sizes = {"vocab_size": TOKENIZER.vocab_size, "block_size": context, "bias": False, **SHAPES[shape]}
     torch.manual_seed(0)
-    theirs = nanogpt.GPT(nanogpt.GPTConfig(dropout=0.0, **sizes)).eval()
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its size
+        theirs = nanogpt.GPT(nanogpt.GPTConfig(dropout=0.0, **sizes)).eval()
     ours = GPT(GPTConfig.gpt2(activation="gelu", **sizes)).eval()
     ours.load_state_dict(translated(theirs.state_dict()))
     assert_equal(theirs.double(), ours.double())
