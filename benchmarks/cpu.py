@@ -81,6 +81,11 @@ def tune(base: dict, name: str, recipe_steps: int) -> None:
         record.save(name, config, rows, stages=STAGES)
         return rows[-1]
 
+    for order in ORDERS:
+        if order not in [row.get("order") for row in rows]:
+            found = measure({**base, "kind": "ngram", "order": order}, tuning=True)
+            rows.append({"variant": "n-gram", "scored": "tuning block", "flags": None, "order": order, **found})
+            record.save(name, config, rows, stages=STAGES)
     best = attempt({})
     for stage in STAGES:
         for change in stage:
@@ -88,11 +93,6 @@ def tune(base: dict, name: str, recipe_steps: int) -> None:
             if trial["loss_own"] >= best["loss_own"]:
                 break
             best = trial
-    for order in ORDERS:
-        if order not in [row.get("order") for row in rows]:
-            found = measure({**base, "kind": "ngram", "order": order}, tuning=True)
-            rows.append({"variant": "n-gram", "scored": "tuning block", "flags": None, "order": order, **found})
-    record.save(name, config, rows, stages=STAGES)
 
 
 def plan(base: dict, name: str, recipe_steps: int) -> tuple[dict[str, dict], dict[str, float]]:
