@@ -38,6 +38,9 @@ def next_probabilities(
     if logits.isnan().any():
         raise ValueError("the logits hold NaN: training broke down, or the weights are damaged")
     keep = 1 if temperature == 0 else min(top_k or logits.shape[-1], logits.shape[-1])
+    if keep == logits.shape[-1] and top_p is None and min_p is None:  # nothing is cut off: no need to sort
+        logits = logits.double()
+        return ((logits - logits.amax(-1, keepdim=True)) / (temperature or 1.0)).softmax(-1)
     best, places = logits.double().topk(keep)  # sorted, the likeliest first
     kept = ((best - best[..., :1]) / (temperature or 1.0)).softmax(-1)
     if top_p is not None and top_p < 1:
@@ -85,7 +88,7 @@ class _Window:
         self.device = next(model.parameters()).device
         self.cache = KeyValueCache.of(model, B) if _remembers(model) else None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
         T = ids.shape[1]
         if self.cache is None:
@@ -102,9 +105,9 @@ class _Window:
 
 
 def _remembers(model: nn.Module) -> bool:
-    """Whether a model can be read with a cache: a GPT whose attention nobody replaced by one that takes none."""
-    attentions = [block.attention for block in model.blocks] if isinstance(model, GPT) else [None]
-    return all(attention is not None and "cache" in signature(attention.forward).parameters for attention in attentions)
+    """Whether a model can be read with a cache: a GPT in which nobody put a block or an attention that takes none."""
+    parts = [part for block in model.blocks for part in (block, block.attention)] if isinstance(model, GPT) else [None]
+    return all(part is not None and "cache" in signature(part.forward).parameters for part in parts)
 
 
 def _draw(

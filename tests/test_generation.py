@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
 from slm_lib import checkpoints, widgets
-from slm_lib.blocks import GPT, GPTConfig
+from slm_lib.blocks import GPT, Block, GPTConfig
 from slm_lib.cache import KeyValueCache
 from slm_lib.checkpoints import load_model
 from slm_lib.data import CharTokenizer
@@ -161,14 +161,24 @@ def test_a_model_without_a_cache_sees_its_last_block(model):
     assert plain.lengths == [2, 3, 4, 5] + [6] * 16
 
 
-def test_a_gpt_with_parts_of_the_readers_own_is_read_without_a_cache():
-    class Mine(torch.nn.Module):
-        def forward(self, x):
-            return x.cumsum(1)
+class MyAttention(torch.nn.Module):
+    def forward(self, x):
+        return x.cumsum(1)
 
+
+class MyBlock(Block):
+    def forward(self, x):
+        return self.norm1(x + self.attention(x))
+
+
+@pytest.mark.parametrize("part", [MyAttention, MyBlock])
+def test_a_gpt_with_parts_of_the_readers_own_is_read_without_a_cache(part):
     model = tiny()
     for block in model.blocks:
-        block.attention = Mine()
+        if part is MyBlock:
+            block.__class__ = MyBlock
+        else:
+            block.attention = MyAttention()
     assert len(generate(model, TOKENIZER, "ab", 20)) == 20
 
 
