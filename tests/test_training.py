@@ -179,6 +179,22 @@ def test_either_optimizer_is_saved_and_resumed_to_the_last_bit(tmp_path, optimiz
         Trainer.resume(tmp_path / "20", IDS, optimizer="adamw")
 
 
+def test_bfloat16_and_muon_on_two_threads_resume_to_the_last_bit_too(tmp_path):
+    config = TrainingConfig(batch_size=16, max_iters=8, eval_interval=4, optimizer="muon", precision="bfloat16")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        straight = Trainer(small_model(block_size=32, n_embd=64, dropout=0.1), IDS, config)
+        straight.run(lambda trainer: trainer.save(tmp_path / f"{trainer.step}", TOKENIZER) and None, progress=False)
+        resumed = Trainer.resume(tmp_path / "4", IDS)
+        resumed.run(progress=False)
+    finally:
+        torch.set_num_threads(threads)
+    assert resumed.history.losses == straight.history.losses and len(straight.history.losses) == 8
+    for mine, theirs in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_an_optimizer_that_the_settings_do_not_build_is_saved_and_not_resumed(tmp_path):
     model = small_model()
     trainer = Trainer(model, IDS, TrainingConfig(optimizer="muon"), optimizer=torch.optim.SGD(model.parameters()))
