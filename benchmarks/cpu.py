@@ -39,6 +39,7 @@ THREADS = 2
 STAGES = [  # each change is tried on top of the best so far; a stage ends with the first that does not help
     [{"learning_rate": 2e-3}, {"learning_rate": 4e-3}, {"learning_rate": 8e-3}],
     [{"batch_size": 8}],
+    [{"batch_size": 24}],
     [{"block_size": 128, "batch_size": 6}],
     [{"min_lr": 0.0, "beta2": 0.95}],
 ]
