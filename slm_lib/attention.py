@@ -55,9 +55,9 @@ class CausalSelfAttention(nn.Module):
 
     def _weights(self, query: Tensor, key: Tensor) -> Tensor:
         """What each query makes of the keys up to its own place: two tensors (B, H, T, D) to (B, H, T, T)."""
-        scores = query @ key.transpose(2, 3) * self.head_size**-0.5  # (B, H, T, D) @ (B, H, D, T) = (B, H, T, T)
-        future = torch.ones(scores.shape[2:], dtype=torch.bool, device=query.device).triu(1)
-        return scores.masked_fill(future, -torch.inf).softmax(-1)
+        scores = query * self.head_size**-0.5 @ key.transpose(2, 3)  # (B, H, T, D) @ (B, H, D, T) = (B, H, T, T)
+        future = torch.full(scores.shape[2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
+        return (scores + future).softmax(-1)
 
     def _queries_keys_values(self, x: Tensor, cache=None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) to three tensors (B, H, T, D), queries and keys normalised and turned where that is chosen."""
@@ -69,6 +69,6 @@ class CausalSelfAttention(nn.Module):
             pair = F.rms_norm(pair, (self.head_size,))
         if self.rotary:
             start, size = (0, T) if cache is None else (cache.length, cache.size)
-            turns = rotary_table(size, self.head_size, x.dtype, x.device)
+            turns = rotary_table(size, self.head_size, pair.dtype, x.device)
             pair = rotate(pair, *(turn[start : start + T] for turn in turns))
         return *pair, value[0]
