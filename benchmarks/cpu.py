@@ -79,14 +79,14 @@ def tune(base: dict, name: str, recipe_steps: int) -> None:
         rows.append({"variant": "nanoGPT", "scored": "tuning block", "flags": flags, "seed": TUNING_SEED,
                      "steps": steps, **measure(job, steps=steps, seed=TUNING_SEED)})  # fmt: skip
         print(f"{rows[-1]['loss_own']:.4f}  {steps:,} steps  {flags}", flush=True)
-        record.save(name, config, rows, stages=STAGES)
+        record.save(name, config, rows, stages=STAGES, finished=False)
         return rows[-1]
 
     for order in ORDERS:
         if order not in [row.get("order") for row in rows]:
             found = measure({**base, "kind": "ngram", "order": order}, tuning=True)
             rows.append({"variant": "n-gram", "scored": "tuning block", "flags": None, "order": order, **found})
-            record.save(name, config, rows, stages=STAGES)
+            record.save(name, config, rows, stages=STAGES, finished=False)
     best = attempt({})
     for stage in STAGES:
         for change in stage:
@@ -94,6 +94,7 @@ def tune(base: dict, name: str, recipe_steps: int) -> None:
             if trial["loss_own"] >= best["loss_own"]:
                 break
             best = trial
+    record.save(name, config, rows, stages=STAGES, finished=True)
 
 
 def plan(base: dict, name: str, recipe_steps: int) -> tuple[dict[str, dict], dict[str, float]]:

@@ -326,7 +326,9 @@ def test_the_flags_are_searched_in_the_same_time_and_the_best_is_kept(cpu, tmp_p
 
     monkeypatch.setattr(cpu, "measure", measured)
     cpu.tune({"copy": "here", "threads": 1}, "cpu/tuning", 2_000)
-    rows = cpu.stored("cpu/tuning")["rows"]
+    found = cpu.stored("cpu/tuning")
+    rows = found["rows"]
+    assert found["finished"]
     best = min((row for row in rows if row["flags"] is not None), key=lambda row: row["loss_own"])
     assert best["flags"] == {"learning_rate": 4e-3, "min_lr": 0.0, "beta2": 0.95} and best["steps"] == 2_000
     assert {row["steps"] for row in rows if (row["flags"] or {}).get("batch_size") == 8} == {1_333}
