@@ -55,6 +55,7 @@ UNPROVED = {
     "faults.enough_memory": "turns one exception into a sentence",
     "faults.interrupts": "catches a signal",
     "training.choose_device": "asks the machine which devices it has",
+    "settings.fastest_precision": "asks the machine what it is made for",
     "tuning.Speed": "a record: nothing is computed in it",
     "tuning.Cost": "a record: nothing is computed in it",
     "tuning.Trial": "a record: nothing is computed in it",
