@@ -363,7 +363,7 @@ def walk():
             kept = [node for node in nodes if not long or isinstance(node, ast.FunctionDef)]
             with contextlib.suppress(AssertionError, NameError, KeyError):  # claims about the trained model, long texts
                 exec(compile(ast.Module(kept, []), "lesson", "exec"), names)
-            names.setdefault("texts", {"greedy": ["to be or not to be or not to be"]})
+            names.setdefault("pairs", {"greedy": [("", "to be or not to be or not to be")]})
             if "plt" in names:
                 names["plt"].close("all")
 
