@@ -266,7 +266,7 @@ class Trainer:
         config = replace(TrainingConfig(**state["config"]), **changes)
         trainer = cls(model, ids, config, state["block_size"])
         if state["optimizer"] != (ours := _names(trainer.optimizer)):
-            raise ValueError(f"{folder} was trained with {state['optimizer']}, and its settings make {ours}: train anew")
+            raise ValueError(f"{folder} was trained with {state['optimizer']}, its settings make {ours}: train anew")
         trainer.history = History(**state["history"])
         generators = checkpoints.unpack_optimizer(files, trainer.optimizer)
         trainer.generator.set_state(generators["batches"])

@@ -176,7 +176,7 @@ def test_a_checkpoint_of_another_version_or_optimizer_is_refused_by_name(slm):
     assert "out/step-000004 was saved by another version of slm_lib" in slm("train", *RESUME)[1]
     files["training.json"] = json.dumps({**state, "optimizer": "Muon"}).encode()
     checkpoints.publish("out/step-000005", files)
-    assert "out/step-000005 was trained with Muon, and its settings make AdamW: train anew" in slm("train", *RESUME)[1]
+    assert "out/step-000005 was trained with Muon, its settings make AdamW: train anew" in slm("train", *RESUME)[1]
 
 
 def test_a_folder_in_use_is_not_written_into_and_leftovers_are_swept(slm):

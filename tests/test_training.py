@@ -198,7 +198,7 @@ def test_bfloat16_and_muon_on_two_threads_resume_to_the_last_bit_too(tmp_path):
 def test_an_optimizer_that_the_settings_do_not_build_is_saved_and_not_resumed(tmp_path):
     model = small_model()
     trainer = Trainer(model, IDS, TrainingConfig(optimizer="muon"), optimizer=torch.optim.SGD(model.parameters()))
-    with pytest.raises(ValueError, match="was trained with SGD, and its settings make Muon and AdamW: train anew"):
+    with pytest.raises(ValueError, match="was trained with SGD, its settings make Muon and AdamW: train anew"):
         Trainer.resume(trainer.save(tmp_path / "model", TOKENIZER), IDS)
 
 
