@@ -43,6 +43,7 @@ STAGES = [  # each change is tried on top of the best so far; a stage ends with 
     [{"block_size": 128, "batch_size": 6}],
     [{"min_lr": 0.0, "beta2": 0.95}],
 ]
+EIGHTH = "ours, an eighth of the time"
 COSTLY = {"batch_size", "block_size"}  # the flags that change how long a step takes
 ORDERS = [5, 6, 7, 8, 9]
 MARGIN, PROBE, ROUNDS = 0.98, 16, 2  # of nanoGPT's time; speed is measured on 1 / PROBE of the steps, so many times
@@ -100,6 +101,8 @@ def tune(base: dict, name: str, recipe_steps: int) -> None:
 def plan(base: dict, name: str, recipe_steps: int) -> tuple[dict[str, dict], dict[str, float]]:
     """The contestants as jobs by name, with their steps, and the seconds per step that these rest on."""
     tried = stored(f"{name}/tuning")["rows"]
+    if not tried:
+        raise FileNotFoundError(f"results/{name}/tuning is not there: search the flags first, with --tune-nanogpt")
     best = {kind: min((row for row in tried if row["variant"] == kind), key=lambda row: row["loss_own"])
             for kind in ("nanoGPT", "n-gram")}  # fmt: skip
     jobs = {"nanoGPT": {"kind": "nanogpt", "flags": {}}, "ours": {"kind": "ours"},
@@ -113,7 +116,7 @@ def plan(base: dict, name: str, recipe_steps: int) -> tuple[dict[str, dict], dic
     if not COSTLY & set(best["nanoGPT"]["flags"]):
         fits["nanoGPT, flags retuned"] = recipe_steps
     jobs = {kind: {**base, **job, "steps": fits[kind]} for kind, job in sorted(jobs.items())}
-    jobs["ours, an eighth of the time"] = {**jobs["ours"], "steps": fits["ours"] // 8}
+    jobs[EIGHTH] = {**jobs["ours"], "steps": fits["ours"] // 8}
     jobs[f"{best['n-gram']['order']}-gram Kneser-Ney"] = {**base, "kind": "ngram", "order": best["n-gram"]["order"]}
     return jobs, speeds
 
@@ -171,13 +174,13 @@ def aims(rows: list[dict]) -> str:
     def mean(variant: str, key: str) -> float:
         return statistics.fmean(row[key] for row in rows if row["variant"] == variant)
 
-    eighth, budget = "ours, an eighth of the time", mean("nanoGPT", "seconds")
+    budget = mean("nanoGPT", "seconds")
     lines = [("loss in windows of 64, at most", 1.60, mean("ours", "loss_64")),
              ("loss at own context, at most", 1.53, mean("ours", "loss_own")),
              ("seconds, at most nanoGPT's", budget, mean("ours", "seconds")),
              ("loss in windows of 64 in an eighth of the time, at most nanoGPT's", mean("nanoGPT", "loss_64"),
-              mean(eighth, "loss_64")),
-             ("those seconds, at most an eighth of nanoGPT's", budget / 8, mean(eighth, "seconds")),
+              mean(EIGHTH, "loss_64")),
+             ("those seconds, at most an eighth of nanoGPT's", budget / 8, mean(EIGHTH, "seconds")),
              ("memory in MiB, at most", 1_144, mean("ours", "memory_mib"))]  # fmt: skip
     return "\n".join(f"{'met   ' if value <= aim else 'missed'}  {name} {aim:,.3f}: {value:,.3f}"
                      for name, aim, value in lines)  # fmt: skip
@@ -191,8 +194,8 @@ def with_table(readme: str, rows: list[dict]) -> str:
     return pattern.sub(lambda found: f"{found[1]}\n{table(rows)}\n\n{found[2]}", readme)
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
+def command_line() -> argparse.ArgumentParser:
+    """What the program may be asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nanogpt", type=Path, metavar="PATH", help="a checkout of nanoGPT")
     parser.add_argument("--tune-nanogpt", action="store_true", help="search its flags on a block of the training text")
@@ -200,11 +203,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few steps, 1 seed, kept in runs/: to see that it runs")
     parser.add_argument("--table", action="store_true", help="print the stored table")
     parser.add_argument("--readme", action="store_true", help="put the stored table into README.md")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = arguments()
+    parser = command_line()
+    args = parser.parse_args()
     name, steps = ("../runs/cpu", 160) if args.quick else ("cpu", RECIPE["max_iters"])  # a shortened run is no result
     if args.nanogpt:
         torch.set_num_threads(args.threads)
@@ -218,6 +222,8 @@ def main() -> None:
                 compete(base, name, steps, SEEDS[:1] if args.quick else SEEDS)
     if not args.tune_nanogpt:
         rows = stored(name)["rows"]
+        if not {"nanoGPT", "ours", EIGHTH} <= {row["variant"] for row in rows}:
+            parser.error("nothing is measured yet: name a checkout of nanoGPT with --nanogpt PATH")
         print(table(rows), aims(rows), sep="\n\n")
         if args.readme:
             path = record.ROOT / "README.md"
