@@ -1,5 +1,7 @@
 """What the programs in benchmarks/ rest on: that what they plant is there, and that what they measure is true."""
 
+import contextlib
+import importlib
 import math
 import sys
 from dataclasses import replace
@@ -18,15 +20,20 @@ from slm_lib.settings import fastest_precision
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 
 
-@pytest.fixture(scope="module")
-def skew():
+@contextlib.contextmanager
+def program(name, *beside):
+    """A program of benchmarks/ as a module; it and what it imports from beside it are forgotten afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        import skew
+        yield importlib.import_module(name)
+    for each in (name, *beside):
+        sys.modules.pop(each, None)
 
-        yield skew
-    for name in ("skew", "sizes", "record"):
-        sys.modules.pop(name, None)
+
+@pytest.fixture(scope="module")
+def skew():
+    with program("skew", "sizes", "record") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +137,8 @@ def test_a_text_has_the_length_asked_for(skew):
 
 @pytest.fixture(scope="module")
 def cpu():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        import cpu
-
-        yield cpu
-    for name in ("cpu", "contestants", "record"):
-        sys.modules.pop(name, None)
+    with program("cpu", "contestants", "record") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
