@@ -34,7 +34,7 @@ from slm_lib.presets import PRESETS
 from slm_lib.settings import fastest_precision
 
 CONTEXT = 64  # what all are given alike in the first column
-TOKENIZER, PRESET = data.CharTokenizer(playhouse.SYMBOLS), PRESETS["shakespeare-cpu"]
+TOKENIZER = data.CharTokenizer(playhouse.SYMBOLS)
 COMMIT = "3adf61e"
 NANOGPT = {  # what two files of that commit hash to
     "train.py": "413bd97b40bb400a2a0d01230e2946f056c263ebac1b7281c2367d964a123085",
@@ -127,17 +127,17 @@ def train_nanogpt(job: dict, train_ids: Tensor) -> tuple[nn.Module, dict]:
     return EveryPosition(model), {"parameters": sum(p.numel() for p in model.parameters()), **facts}
 
 
-def our_training(**changes) -> training.TrainingConfig:
-    """The preset's settings, with the precision that `make train` takes on this machine, and `changes`."""
-    config = replace(PRESET.training, **changes)
+def our_training(preset: str, **changes) -> training.TrainingConfig:
+    """A preset's settings, with the precision that `make train` takes on this machine, and `changes`."""
+    config = replace(PRESETS[preset].training, **changes)
     return replace(config, precision=fastest_precision(torch.device("cpu"))) if config.precision == "auto" else config
 
 
 def train_ours(job: dict, train_ids: Tensor) -> tuple[nn.Module, dict]:
-    """Train the preset behind `make train` with the steps of `job`; return the model and what it took."""
-    config = our_training(seed=job["seed"], max_iters=job["steps"])
+    """Train the preset of `job` with its steps; return the model and what it took."""
+    config = our_training(job["preset"], seed=job["seed"], max_iters=job["steps"])
     torch.manual_seed(config.seed)
-    trainer = training.Trainer(GPT(PRESET.model_config(TOKENIZER.vocab_size)), train_ids, config)
+    trainer = training.Trainer(GPT(PRESETS[job["preset"]].model_config(TOKENIZER.vocab_size)), train_ids, config)
     began = time.process_time()
     seconds = trainer.run(progress=False).seconds
     seen = trainer.step * config.batch_size * trainer.block_size

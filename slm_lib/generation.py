@@ -4,6 +4,7 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from inspect import signature
 from typing import Any
 
@@ -87,6 +88,8 @@ class _Window:
         _within("keep", self.keep, 1, self.size, "so many tokens are read again when the window is full")
         self.device = next(model.parameters()).device
         self.cache = KeyValueCache.of(model, B) if _remembers(model) else None
+        if self.cache is not None and B == 1 and self.device.type == "cpu":
+            self.model = _by_columns(model)
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
@@ -102,6 +105,15 @@ class _Window:
         """Go on with these rows of the batch."""
         if self.cache is not None:
             self.cache.take(rows.to(self.device))
+
+
+def _by_columns(model: nn.Module) -> nn.Module:
+    """A copy of a model with its matrices stored by columns: a processor multiplies a single row by them sooner."""
+    model = deepcopy(model)
+    for part in model.modules():
+        if isinstance(part, nn.Linear):
+            part.weight = nn.Parameter(part.weight.detach().T.contiguous().T, requires_grad=False)
+    return model
 
 
 def _remembers(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 from slm_lib import data, training
 from slm_lib.blocks import GPT, GPTConfig
 from slm_lib.ngrams import KneserNey
+from slm_lib.presets import PRESETS
 from slm_lib.settings import fastest_precision
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
@@ -229,11 +230,11 @@ def test_the_two_plays_together_are_the_whole_text(contestants, reader):
 
 
 def test_ours_trains_the_preset_for_its_steps_and_says_what_it_took(contestants, monkeypatch):
-    small = replace(contestants.PRESET, sizes={"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16})
-    monkeypatch.setattr(contestants, "PRESET", small)
-    model, facts = contestants.train_ours({"seed": 1, "steps": 3}, torch.randint(65, (500,)))
+    small = replace(PRESETS["shakespeare-cpu"], sizes={"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16})
+    monkeypatch.setitem(PRESETS, "small", small)
+    model, facts = contestants.train_ours({"preset": "small", "seed": 1, "steps": 3}, torch.randint(65, (500,)))
     assert facts["characters_seen"] == 3 * small.training.batch_size * 16
-    assert contestants.our_training(seed=3) == replace(
+    assert contestants.our_training("small", seed=3) == replace(
         small.training, seed=3, precision=fastest_precision(torch.device("cpu"))
     )
     assert facts["parameters"] == model.n_parameters and facts["seconds"] > 0 and facts["memory_mib"] > 50
@@ -306,12 +307,12 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(cpu, tmp_path, monke
     base = {"copy": "here", "threads": 2}
     with pytest.raises(KeyboardInterrupt):
         cpu.compete(base, "cpu", 2_000, [0, 1, 2])
-    assert len(cpu.stored("cpu")["rows"]) == 13 - 3 * cpu.ROUNDS
+    assert len(cpu.stored("cpu")["rows"]) == 13 - 4 * cpu.ROUNDS
     cpu.compete({**base, "copy": "there"}, "cpu", 2_000, [0, 1, 2])
     done = cpu.stored("cpu")
     variants = ["nanoGPT", "nanoGPT, flags retuned", "ours", "ours, an eighth of the time", "7-gram Kneser-Ney"]
     assert [(row["seed"], row["variant"]) for row in done["rows"]] == [(s, v) for s in range(3) for v in variants]
-    assert len(calls) == 3 * cpu.ROUNDS + 15 + 1 and calls[-1]["copy"] == "there"
+    assert len(calls) == 4 * cpu.ROUNDS + 15 + 1 and calls[-1]["copy"] == "there"
     assert done["jobs"]["nanoGPT, flags retuned"]["flags"] == {"learning_rate": 0.004}
     assert [row["steps"] for row in done["rows"][:4]] == [2_000, 2_000, 980, 122]  # ours: twice as slow, and a margin
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
-from slm_lib import checkpoints, widgets
+from slm_lib import checkpoints, generation, widgets
 from slm_lib.blocks import GPT, Block, GPTConfig
 from slm_lib.cache import KeyValueCache
 from slm_lib.checkpoints import load_model
@@ -144,6 +144,16 @@ def written_slowly(model, prompt, length, keep, repetition_penalty=1.0, **wishes
             logits = penalise(model(ids[:, begin:])[:, -1], ids, repetition_penalty)
         ids = torch.cat([ids, torch.multinomial(next_probabilities(logits, **wishes), 1, generator=generator)], 1)
     return TOKENIZER.decode(ids[0, len(prompt) :])
+
+
+def test_a_lone_text_is_written_from_a_copy_stored_by_columns(model):
+    before = {name: (weight.data_ptr(), weight.stride()) for name, weight in model.named_parameters()}
+    window, ids = generation._Window(model, 1), torch.randint(model.config.vocab_size, (1, 5))
+    stored = [part.weight for part in window.model.modules() if isinstance(part, torch.nn.Linear)]
+    assert stored and all(weight.stride(0) == 1 for weight in stored)
+    torch.testing.assert_close(window(ids), model(ids)[:, -1])
+    assert {name: (weight.data_ptr(), weight.stride()) for name, weight in model.named_parameters()} == before
+    assert generation._Window(model, 2).model is model
 
 
 def test_a_model_without_a_cache_sees_its_last_block(model):
