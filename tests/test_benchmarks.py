@@ -314,7 +314,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(cpu, tmp_path, monke
     assert [(row["seed"], row["variant"]) for row in done["rows"]] == [(s, v) for s in range(3) for v in variants]
     assert len(calls) == 4 * cpu.ROUNDS + 15 + 1 and calls[-1]["copy"] == "there"
     assert done["jobs"]["nanoGPT, flags retuned"]["flags"] == {"learning_rate": 0.004}
-    assert [row["steps"] for row in done["rows"][:4]] == [2_000, 2_000, 980, 122]  # ours: twice as slow, and a margin
+    assert [row["steps"] for row in done["rows"][:4]] == [2_000, 2_000, 920, 115]  # ours: twice as slow, and a margin
 
 
 def test_the_flags_are_searched_in_the_same_time_and_the_best_is_kept(cpu, tmp_path, monkeypatch):
