@@ -20,12 +20,13 @@ ORDER = [
 ]  # fmt: skip
 # The notebook that opens a module of another name.
 BEFORE_TRAINING = ["checkpoints", "settings", "distributed", "faults"]
-OPENED_ELSEWHERE = {"grammar": "data", "playhouse": "data", "cache": "generation"}
+OPENED_ELSEWHERE = {"grammar": "data", "playhouse": "data", "cache": "generation", "scores": "evaluation"}
 OPENED_ELSEWHERE |= dict.fromkeys(BEFORE_TRAINING, "training")
 TESTED_ELSEWHERE = {"grammar": "playhouse"}  # it reads the notation of playhouse.grammar, and nothing else
 CONTENT = [noun for noun in ORDER if noun != "welcome"]
 before, after = CONTENT[: CONTENT.index("training")], CONTENT[CONTENT.index("training") :]
 after.insert(after.index("generation"), "cache")
+after.insert(after.index("evaluation"), "scores")
 CONTENT = ["grammar", "playhouse", *before, *BEFORE_TRAINING, *after]
 PLUMBING = {"check", "plot", "widgets", "notebooks", "presets", "provenance", "runs", "study", "__main__"}
 EXTRAS = {"torch", "numpy", "slm_lib", "tqdm", "pooch", "requests", "safetensors", "regex", "optuna"}
@@ -56,6 +57,7 @@ UNPROVED = {
     "faults.interrupts": "catches a signal",
     "training.choose_device": "asks the machine which devices it has",
     "settings.fastest_precision": "asks the machine what it is made for",
+    "gpu.measure_roof": "takes times with a clock",
     "tuning.Speed": "a record: nothing is computed in it",
     "tuning.Cost": "a record: nothing is computed in it",
     "tuning.Trial": "a record: nothing is computed in it",
