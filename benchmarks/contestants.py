@@ -1,5 +1,7 @@
 """Who competes in benchmarks/cpu.py, each in a process of its own: nanoGPT, ours, the n-gram; and their one evaluator.
 
+benchmarks/gpu.py shares the way in which nanoGPT is run, the evaluator, and the search.
+
 A checkout of github.com/karpathy/nanoGPT is never changed: a temporary copy of it gets tiny Shakespeare, and its
 train.py runs there as it is. Two things reach into it from outside: the seed that it fixes, torch.manual_seed(1337),
 is moved by ours, and PyTorch is asked to tell the time after each update. It evaluates only before its first update
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,22 +68,25 @@ def overlapping(model: nn.Module, ids: Tensor, own: Tensor) -> Tensor:
     return surprises
 
 
-def columns(model: nn.Module | KneserNey, ids: Tensor) -> dict[str, Tensor]:
-    """The surprise (N,) of each character in the three columns; a model that counts has no windows of its own."""
+def columns(model: nn.Module | KneserNey, ids: Tensor, context: int = CONTEXT) -> dict[str, Tensor]:
+    """The surprise (N,) of each character in the three columns, the first named by its context.
+
+    A model that counts has no windows of its own; one that reads less than `context` has its own windows there.
+    """
     if isinstance(model, KneserNey):
         own = model.score(ids)
-        return {"64": model.score(ids, CONTEXT), "own": own, "full": own}
+        return {str(context): model.score(ids, context), "own": own, "full": own}
     own = training.surprisal(model, ids)
-    equal = own if model.config.block_size == CONTEXT else training.surprisal(model, ids, CONTEXT)
-    return {"64": equal, "own": own, "full": overlapping(model, ids, own)}
+    equal = own if model.config.block_size <= context else training.surprisal(model, ids, context)
+    return {str(context): equal, "own": own, "full": overlapping(model, ids, own)}
 
 
-def losses(model: nn.Module | KneserNey, text: str) -> dict[str, float]:
+def losses(model: nn.Module | KneserNey, text: str, context: int = CONTEXT) -> dict[str, float]:
     """The mean of each column over a text, and over each of the two plays where it holds both."""
     parts, border = {"loss": slice(None)}, text.find(SECOND_PLAY)
     if border > 0:
         parts |= {"shrew": slice(border), "tempest": slice(border, None)}
-    found = columns(model, TOKENIZER.encode(text))
+    found = columns(model, TOKENIZER.encode(text), context)
     return {f"{part}_{column}": round(surprises[piece].double().mean().item(), 4)
             for part, piece in parts.items() for column, surprises in found.items()}  # fmt: skip
 
@@ -100,31 +106,44 @@ class EveryPosition(nn.Module):
         return logits
 
 
-def train_nanogpt(job: dict, train_ids: Tensor) -> tuple[nn.Module, dict]:
-    """Run train.py of the copy of nanoGPT in `job`; return its model after the last step, and what it took."""
-    flags, steps = {**RECIPE, **job["flags"]}, job["steps"]
-    flags |= {"max_iters": steps, "lr_decay_iters": steps, "eval_interval": steps, "always_save_checkpoint": True}
+def run_nanogpt(job: dict, flags: dict, train_ids: Tensor, after_update: Callable) -> None:
+    """Run train.py of the copy of nanoGPT in `job` for its steps, with flags, and call back after each update."""
+    steps = job["steps"]
+    flags = {**flags, "max_iters": steps, "lr_decay_iters": steps, "eval_interval": steps}
     os.chdir(job["copy"])
     sys.path.insert(0, job["copy"])
     train_ids.numpy().astype(np.uint16).tofile("data/shakespeare_char/train.bin")
     sys.argv = ["train.py", "config/train_shakespeare_char.py", f"--out_dir={job['folder']}"]
-    sys.argv += [f"--{name}={value}" for name, value in flags.items()]
-    ticks, manual_seed = [], torch.manual_seed
+    sys.argv += [f"--{name}={value}" for name, value in {**flags, "always_save_checkpoint": True}.items()]
+    manual_seed = torch.manual_seed
     torch.manual_seed = lambda seed: manual_seed(seed + job["seed"])
-    register_optimizer_step_post_hook(lambda *_: ticks.append((time.perf_counter(), time.process_time())))
+    hook = register_optimizer_step_post_hook(after_update)
     runpy.run_path("train.py", run_name="__main__")
+    hook.remove()
     torch.manual_seed = manual_seed
-    seconds, processor = ((ticks[steps - 1][clock] - ticks[0][clock]) * steps / (steps - 1) for clock in (0, 1))
-    facts = spent(seconds, processor, steps * flags["batch_size"] * flags["block_size"])
 
+
+def trained_nanogpt(job: dict) -> EveryPosition:
+    """The model that `run_nanogpt` left after its last step, on the CPU."""
     from model import GPT as NanoGPT  # the copy's: it is found first
     from model import GPTConfig as NanoGPTConfig
 
-    stored = torch.load(Path(job["folder"]) / "ckpt.pt")  # train.py saves before the update after the last
-    assert stored["iter_num"] == steps
+    stored = torch.load(Path(job["folder"]) / "ckpt.pt", map_location="cpu")
+    assert stored["iter_num"] == job["steps"]  # train.py saves before the update after the last
     model = NanoGPT(NanoGPTConfig(**stored["model_args"]))
-    model.load_state_dict(stored["model"])
-    return EveryPosition(model), {"parameters": sum(p.numel() for p in model.parameters()), **facts}
+    weights = {name.removeprefix("_orig_mod."): weight for name, weight in stored["model"].items()}  # of torch.compile
+    model.load_state_dict(weights)
+    return EveryPosition(model)
+
+
+def train_nanogpt(job: dict, train_ids: Tensor) -> tuple[nn.Module, dict]:
+    """Train nanoGPT as `job` says; return its model after the last step, and what it took."""
+    flags, steps, ticks = {**RECIPE, **job["flags"]}, job["steps"], []
+    run_nanogpt(job, flags, train_ids, lambda *_: ticks.append((time.perf_counter(), time.process_time())))
+    seconds, processor = ((ticks[steps - 1][clock] - ticks[0][clock]) * steps / (steps - 1) for clock in (0, 1))
+    facts = spent(seconds, processor, steps * flags["batch_size"] * flags["block_size"])
+    model = trained_nanogpt(job)
+    return model, {"parameters": sum(p.numel() for p in model.parameters()), **facts}
 
 
 def our_training(preset: str, **changes) -> training.TrainingConfig:
@@ -160,24 +179,35 @@ def spent(seconds: float, processor: float, seen: int) -> dict[str, float]:
             "processor_seconds": round(processor, 2), "memory_mib": round(memory)}  # fmt: skip
 
 
+def texts(job: dict) -> tuple[str, str]:
+    """What the contestant of `job` learns from, and what it is scored on; `characters` may cut both shorter."""
+    train, scored = data.split(data.load_corpus(job.get("corpus", "shakespeare")))
+    if job["tuning"]:
+        train, scored = train[:-TUNING_CHARACTERS], train[-TUNING_CHARACTERS:]
+    few, fewer = job.get("characters") or (None, None)
+    return train[:few], scored[:fewer]
+
+
 def contend(job: dict) -> None:
     """What the fresh process does: train, score, and leave a row beside the checkpoint."""
     torch.set_num_threads(job["threads"])
-    train, scored = data.split(data.load_corpus("shakespeare"))
-    if job["tuning"]:
-        train, scored = train[:-TUNING_CHARACTERS], train[-TUNING_CHARACTERS:]
+    train, scored = texts(job)
     contestant = {"nanogpt": train_nanogpt, "ours": train_ours, "ngram": count_ngrams}[job["kind"]]
     model, row = contestant(job, TOKENIZER.encode(train))
     row |= losses(model, scored) if job["score"] else {}
     (Path(job["folder"]) / "row.json").write_text(json.dumps(row))
 
 
-def measure(job: dict, **changes) -> dict:
-    """The row of one contestant, trained in a fresh process. Raises RuntimeError with its last words if it fails."""
+def measure(job: dict, program: str = __file__, **changes) -> dict:
+    """The row of one contestant, trained in a fresh process. Raises RuntimeError with its last words if it fails.
+
+    The process is told when it was begun, by a clock that all processes share.
+    """
     with tempfile.TemporaryDirectory() as folder:
         job = {"seed": 0, "steps": 1, "tuning": False, "score": True, **job, **changes, "folder": folder}
+        job["began"] = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, __file__, json.dumps(job)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, program, json.dumps(job)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, env={**os.environ, "OMP_NUM_THREADS": str(job["threads"])},
         )  # fmt: skip
         if done.returncode:
@@ -185,9 +215,25 @@ def measure(job: dict, **changes) -> dict:
         return json.loads((Path(folder) / "row.json").read_text())
 
 
-def copy_nanogpt(checkout: Path, folder: str) -> str:
-    """A copy of nanoGPT that has prepared our text, the same characters and numbers as ours. Returns its place."""
-    for name, known in NANOGPT.items():
+def climb(attempt: Callable[[dict], float], stages: list[list[dict]]) -> None:
+    """Search by stages: each change is tried on top of the best so far, and a stage ends with one that does not help.
+
+    `attempt` gives a loss for changes, first for none.
+    """
+    best, least = {}, attempt({})
+    for stage in stages:
+        for change in stage:
+            if (loss := attempt({**best, **change})) >= least:
+                break
+            best, least = {**best, **change}, loss
+
+
+def copy_nanogpt(checkout: Path, folder: str, files: dict[str, str] = NANOGPT) -> str:
+    """A copy of nanoGPT that has prepared our text, the same characters and numbers as ours. Returns its place.
+
+    Raises ValueError where one of its `files` is not what it should hash to.
+    """
+    for name, known in files.items():
         if hashlib.sha256((checkout / name).read_bytes()).hexdigest() != known:
             raise ValueError(f"{checkout / name} is not that of nanoGPT at commit {COMMIT}: check that one out")
     copy, corpus = Path(shutil.copytree(checkout, Path(folder) / "nanogpt")), data.load_corpus("shakespeare")

@@ -19,10 +19,7 @@ seen a word. An interrupted run goes on where it stopped.
 """
 
 import argparse
-import json
-import math
 import os
-import re
 import statistics
 import tempfile
 from dataclasses import asdict
@@ -31,7 +28,8 @@ from pathlib import Path
 import contestants
 import record
 import torch
-from contestants import RECIPE, TUNING_CHARACTERS, copy_nanogpt, measure
+from contestants import RECIPE, TUNING_CHARACTERS, climb, copy_nanogpt, measure
+from record import spread, stored
 
 from slm_lib.ngrams import loss_units
 from slm_lib.presets import PRESETS
@@ -55,14 +53,6 @@ PLAYS = {"shrew": "The Taming of the Shrew", "tempest": "The Tempest"}
 
 
 # --- the two programs -------------------------------------------------------------------------------------------------
-
-
-def stored(name: str, config: dict | None = None) -> dict:
-    """A result that is there, if it was made with this config; otherwise an empty one."""
-    path = record.ROOT / "results" / name / "result.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": []}
-    fits = config is None or found.get("config") == json.loads(json.dumps(config))
-    return found if fits else {"rows": []}
 
 
 def tune(base: dict, name: str, recipe_steps: int) -> None:
@@ -91,13 +81,7 @@ def tune(base: dict, name: str, recipe_steps: int) -> None:
             found = measure({**base, "kind": "ngram", "order": order}, tuning=True)
             rows.append({"variant": "n-gram", "scored": "tuning block", "flags": None, "order": order, **found})
             record.save(name, config, rows, stages=STAGES, finished=False)
-    best = attempt({})
-    for stage in STAGES:
-        for change in stage:
-            trial = attempt({**best["flags"], **change})
-            if trial["loss_own"] >= best["loss_own"]:
-                break
-            best = trial
+    climb(lambda flags: attempt(flags)["loss_own"], STAGES)
     record.save(name, config, rows, stages=STAGES, finished=True)
 
 
@@ -148,13 +132,6 @@ def compete(base: dict, name: str, recipe_steps: int, seeds: list[int]) -> None:
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
-def spread(rows: list[dict], key: str, digits: int = 3) -> str:
-    """The mean of a column over the seeds, with its standard error where there are several and they differ."""
-    values = [row[key] for row in rows]
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):,.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
-
-
 def table(rows: list[dict]) -> str:
     """Two Markdown tables of a result's rows: what each contestant took and reached, and the two plays apart."""
     took = ["parameters", "characters seen", "characters / s", "seconds", "memory, MiB"]
@@ -168,8 +145,7 @@ def table(rows: list[dict]) -> str:
         cost += [spread(mine, "seconds", 1), spread(mine, "memory_mib", 0)]
         bodies[0].append([variant, *cost, *(spread(mine, f"loss_{c}") for c in COLUMNS), f"{bits:.3f}"])
         bodies[1].append([variant, *(spread(mine, f"{play}_{c}") for play in PLAYS for c in COLUMNS)])
-    lines = [[head, ["---", *["--:"] * (len(head) - 1)], *body] for head, body in zip(heads, bodies, strict=True)]
-    return "\n\n".join("\n".join(f"| {' | '.join(cells)} |" for cells in part) for part in lines)
+    return "\n\n".join(record.markdown(head, body) for head, body in zip(heads, bodies, strict=True))
 
 
 def aims(rows: list[dict]) -> str:
@@ -191,11 +167,8 @@ def aims(rows: list[dict]) -> str:
 
 
 def with_table(readme: str, rows: list[dict]) -> str:
-    """The text of a README with the tables between its two `cpu` comments. Raises ValueError where it has none."""
-    if "<!-- cpu -->" not in readme:
-        raise ValueError("README.md has no place for the table: write <!-- cpu --> and <!-- /cpu --> on two lines")
-    pattern = re.compile(r"(<!-- cpu -->\n).*?(<!-- /cpu -->)", re.DOTALL)
-    return pattern.sub(lambda found: f"{found[1]}\n{table(rows)}\n\n{found[2]}", readme)
+    """The text of a README with the tables between its two `cpu` comments."""
+    return record.with_table(readme, "cpu", table(rows))
 
 
 def command_line() -> argparse.ArgumentParser:
