@@ -21,7 +21,7 @@ from slm_lib.faults import enough_memory, first_not_finite, interrupts
 from slm_lib.settings import TrainingConfig, learning_rate_at, make_optimizer
 from slm_lib.tokens import Tokenizer
 
-TOKENS_AT_ONCE = 16_384  # how many positions evaluation looks at in one forward pass
+TOKENS_AT_ONCE = 16_384  # how many positions evaluation looks at in one forward pass; on CUDA four times as many
 KEPT = {"seed", "optimizer", "weight_decay", "beta1", "beta2"}  # a checkpoint settles these
 
 
@@ -58,7 +58,7 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def _autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager:
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """bfloat16 for the matrix products, on CUDA or where it is asked for; everything else stays as it is."""
     lower = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16) if lower else nullcontext()
@@ -80,23 +80,20 @@ def surprisal(model: nn.Module, ids: Tensor, block_size: int | None = None, star
 
     The text is cut into disjoint windows of `block_size` (the model's own, unless given), so a token sees at most
     block_size tokens before it. The first token follows `start_id`, by default 0, the newline of a sorted vocabulary.
+    Computed in the precision of the weights on every device, so that a loss is the same everywhere, up to rounding.
     """
     if len(ids) == 0:
         raise ValueError("there is nothing to evaluate: the text is empty")
     T, device, was_training = block_size or model.config.block_size, _device_of(model), model.training
-    inputs, targets = torch.cat([ids.new_tensor([start_id]), ids[:-1]]), ids
-    whole, at_once = len(ids) // T * T, max(1, TOKENS_AT_ONCE // T)  # the last window may be shorter
+    inputs, targets = torch.cat([ids.new_tensor([start_id]), ids[:-1]]).to(device), ids.to(device)
+    at_once = max(1, TOKENS_AT_ONCE * (4 if device.type == "cuda" else 1) // T)
+    whole = len(ids) // T * T  # the last window may be shorter
     batches = (side[:whole].reshape(-1, T).split(at_once) for side in (inputs, targets))
     pieces = [*zip(*batches, strict=True), (inputs[None, whole:], targets[None, whole:])]
-    losses = []
     model.eval()
-    for x, y in pieces:  # (B, T) each
-        if x.numel():
-            with _autocast(device):
-                logits = model(x.to(device))  # (B, T, V)
-            losses.append(_losses(logits, y.to(device), reduction="none").cpu())
+    losses = [_losses(model(x), y, reduction="none") for x, y in pieces if x.numel()]  # of (B, T), each (B T,)
     model.train(was_training)
-    return torch.cat(losses)
+    return torch.cat(losses).cpu()
 
 
 def evaluate(model: nn.Module, ids: Tensor, block_size: int | None = None, start_id: int = 0) -> float:
@@ -152,21 +149,25 @@ class Trainer:
         MemoryError where the batch is too large.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.step, self.config) * group.get("lr_scale", 1.0)
+            held, rate = group.get("lr"), learning_rate_at(self.step, self.config) * group.get("lr_scale", 1.0)
+            group["lr"] = held.fill_(rate) if isinstance(held, Tensor) else rate
         with enough_memory("lower batch_size, raise gradient_accumulation, or lower block_size, n_layer or n_embd"):
-            x, y = draw_batch(self.ids, self.config.batch_size, self.block_size, self.generator)  # (B, T) each
-            loss = self._backward(x, y)
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip).item()
+            x, y = self.draw()  # (B, T) each
+            loss, norm = self.gradient(x, y)
+            loss, norm = self.ranks.mean(loss), norm.item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(self._breakdown(x, y, loss))
-            with _autocast(self.device, self.config.precision):  # Muon's products
-                self.optimizer.step()
+            self.move()
         self.history.losses.append(loss)
         self.history.gradient_norms.append(norm)
         return loss
 
-    def _backward(self, x: Tensor, y: Tensor) -> float:
-        """Leave the gradient of the batch's mean loss in the parameters, and return that loss."""
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """The next batch: contexts (B, T) and targets (B, T). A subclass may set another task."""
+        return draw_batch(self.ids, self.config.batch_size, self.block_size, self.generator)
+
+    def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss of a batch, and the length of its gradient, which is left in the parameters, clipped."""
         self.optimizer.zero_grad(set_to_none=True)
         total, pieces = torch.zeros((), device=self.device), self._pieces(self.ranks.rows(x), self.ranks.rows(y))
         for i, (x, y) in enumerate(pieces, 1):
@@ -176,7 +177,12 @@ class Trainer:
                 loss = _losses(logits, y) / len(pieces)
                 loss.backward()
             total = total + loss.detach()
-        return self.ranks.mean(total)
+        return total, nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+
+    def move(self) -> None:
+        """Let the optimizer move the weights along their gradients."""
+        with _autocast(self.device, self.config.precision):  # Muon's products
+            self.optimizer.step()
 
     def _pieces(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
         count = self.config.gradient_accumulation
