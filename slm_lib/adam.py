@@ -241,14 +241,7 @@ class Muon(Optimizer):
     parameter that is not a matrix: give it to AdamW.
     """
 
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        adjust_lr_fn: str = "original",
-    ):
+    def __init__(self, params: Iterable, lr=1e-3, weight_decay=0.1, momentum=0.95, adjust_lr_fn="original"):
         super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn=adjust_lr_fn)
         for group in self.param_groups:
             if group["adjust_lr_fn"] not in ("original", "match_rms_adamw"):
@@ -275,7 +268,11 @@ class Muon(Optimizer):
     def update(self, weight, direction, state, group):
         (m, n), lr = weight.shape, group["lr"]
         scale = math.sqrt(max(1, m / n)) if group["adjust_lr_fn"] == "original" else 0.2 * math.sqrt(max(m, n))
-        weight.mul_(1 - lr * group["weight_decay"]).sub_(direction, alpha=lr * scale)
+        weight.mul_(1 - lr * group["weight_decay"])
+        if isinstance(lr, Tensor):  # it lies on the device, and a recorded step reads it there
+            weight.addcmul_(direction, lr * scale, value=-1)
+        else:
+            weight.sub_(direction, alpha=lr * scale)
 
 
 class Together(Optimizer):

@@ -275,6 +275,17 @@ def test_muon_without_bfloat16_equals_torchs_to_the_last_digits(monkeypatch):
     assert_same_walk(*ways)
 
 
+def test_muon_takes_its_learning_rate_as_a_tensor_too():
+    ways = []
+    for rate in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        weight = matrix(12, 30, seed=1).requires_grad_()
+        optimizer = adam.Muon([weight], weight_decay=0.2)
+        optimizer.param_groups[0]["lr"] = rate
+        ways.append(walk(optimizer, [weight], [[matrix(12, 30, seed=2 + step)] for step in range(20)]))
+    assert_same_walk(*ways)
+    assert ways[0][0].abs().max() > 1e-3
+
+
 def test_muon_takes_matrices_alone():
     with pytest.raises(ValueError, match=r"matrices, not shape \(5,\): give the rest to AdamW"):
         adam.Muon([torch.zeros(3, 4), torch.zeros(5)])
