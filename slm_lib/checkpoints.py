@@ -16,7 +16,8 @@ from torch import Tensor
 from slm_lib.blocks import GPT, GPTConfig
 from slm_lib.tokens import Tokenizer, tokenizer_from_json
 
-MANIFEST = "manifest.json"
+MANIFEST, WEIGHTS, INDEX = "manifest.json", "model.safetensors", "model.safetensors.index.json"
+LARGEST_FILE = 15_000_000  # bytes of weights in one file; beyond it there are several
 UNFINISHED = ".unfinished"  # how the name of a folder ends that is still being written
 
 
@@ -91,11 +92,14 @@ def save_model(
     dtype: torch.dtype | None = None,
     extra: dict[str, bytes] | None = None,
 ) -> Path:
-    """Publish a model with its tokenizer and provenance as a new folder; `dtype` float16 halves the file."""
+    """Publish a model with its tokenizer and provenance as a new folder; `dtype` float16 halves the weights.
+
+    Weights beyond LARGEST_FILE bytes lie in several files with an index, named as Hugging Face does.
+    """
     weights = {name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in _unique(model).items()}
     files = {
         "config.json": _json(asdict(model.config)),
-        "model.safetensors": safetensors.torch.save(weights),
+        **_pack_weights(weights),
         "tokenizer.json": tokenizer.to_json().encode(),
         "provenance.json": _json(provenance),
     }
@@ -110,7 +114,7 @@ def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") ->
     files = verify(folder)
     try:
         model = GPT(GPTConfig(**json.loads(files["config.json"])))
-        weights = safetensors.torch.load(files["model.safetensors"])
+        weights = _unpack_weights(files)
         model.load_state_dict({**weights, **_tied(model, weights)})
         tokenizer = tokenizer_from_json(files["tokenizer.json"].decode())
         provenance = json.loads(files["provenance.json"])
@@ -118,6 +122,33 @@ def load_model(folder: str | os.PathLike, device: str | torch.device = "cpu") ->
         reason = str(error).splitlines()[0]
         raise ValueError(f"{folder} is not a model of this version of slm_lib ({reason}): save it again") from None
     return model.to(device).eval(), tokenizer, provenance
+
+
+def _pack_weights(weights: dict[str, Tensor]) -> dict[str, bytes]:
+    """One file of weights, or several, each filled as far as it goes, with the index that tells what lies where."""
+    parts: list[dict[str, Tensor]] = [{}]
+    for name, tensor in weights.items():
+        if parts[-1] and sum(t.nbytes for t in parts[-1].values()) + tensor.nbytes > LARGEST_FILE:
+            parts.append({})
+        parts[-1][name] = tensor
+    if len(parts) == 1:
+        return {WEIGHTS: safetensors.torch.save(weights)}
+    named = {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())},
+        "weight_map": {name: file for file, part in named.items() for name in part},
+    }
+    packed = {file: safetensors.torch.save(part, {"format": "pt"}) for file, part in named.items()}
+    return {**packed, INDEX: _json(index)}
+
+
+def _unpack_weights(files: dict[str, bytes]) -> dict[str, Tensor]:
+    """The weights by name, from one file or from all that the index names."""
+    if INDEX not in files:
+        return safetensors.torch.load(files[WEIGHTS])
+    places = json.loads(files[INDEX])["weight_map"]
+    parts = {file: safetensors.torch.load(files[file]) for file in set(places.values())}
+    return {name: parts[file][name] for name, file in places.items()}
 
 
 def _unique(model: GPT) -> dict[str, Tensor]:
@@ -139,8 +170,13 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, generators: dict[str, Tenso
     tensors |= {f"generator.{name}": value for name, value in generators.items()}
     return {
         "optimizer.safetensors": safetensors.torch.save({name: t.detach().cpu() for name, t in tensors.items()}),
-        "optimizer.json": _json(state["param_groups"]),
+        "optimizer.json": _json([_in_numbers(group) for group in state["param_groups"]]),
     }
+
+
+def _in_numbers(group: dict) -> dict:
+    """A group of parameters whose learning rate is a number, also where a recorded step reads it from the device."""
+    return {name: value.item() if isinstance(value, Tensor) else value for name, value in group.items()}
 
 
 def unpack_optimizer(files: dict[str, bytes], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -151,7 +187,10 @@ def unpack_optimizer(files: dict[str, bytes], optimizer: torch.optim.Optimizer) 
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": json.loads(files["optimizer.json"])})
+    groups = json.loads(files["optimizer.json"])
+    for stored, own in zip(groups, optimizer.param_groups, strict=False):
+        stored.update({name: own[name] for name in ("fused", "capturable") if name in own})  # these suit the device
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     return generators
 
 

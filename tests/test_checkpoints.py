@@ -1,6 +1,7 @@
 """A saved folder is whole or not there, and what is not whole is refused by name."""
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -127,3 +128,92 @@ def test_a_manifest_is_read_as_it_was_written_to_the_last_byte(saved, damage):
     manifest.write_bytes(damage(manifest.read_bytes()))
     with pytest.raises(ValueError, match="model"):
         checkpoints.load_model(saved)
+
+
+# --- weights in several files -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A model of the size that is trained on a GPU, saved in half precision."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 65, "block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384}
+    model = GPT(GPTConfig.modern(**sizes))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    tokenizer = CharTokenizer("".join(map(chr, range(32, 97))))
+    return model, checkpoints.save_model(tmp_path / "large", model, tokenizer, {}, torch.float16)
+
+
+def test_a_large_model_lies_in_several_files_that_each_can_be_kept_in_git(sharded):
+    model, folder = sharded
+    names = sorted(path.name for path in folder.glob("model*"))
+    parts = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert names == [*parts, checkpoints.INDEX] and model.n_parameters > 10_600_000
+    assert all(path.stat().st_size < 16_000_000 for path in folder.iterdir())
+    again, _, _ = checkpoints.load_model(folder)
+    for (name, mine), theirs in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs.half().float()) and mine.dtype == torch.float32, name
+
+
+def test_the_files_are_those_that_hugging_face_would_write_and_read(sharded):
+    hub = pytest.importorskip("huggingface_hub")
+    model, folder = sharded
+    index = json.loads((folder / checkpoints.INDEX).read_text())
+    weights = {name: weight.half() for name, weight in model.state_dict().items()}
+    theirs = hub.split_torch_state_dict_into_shards(weights, max_shard_size=checkpoints.LARGEST_FILE)
+    assert index == {"metadata": theirs.metadata, "weight_map": theirs.tensor_to_filename}
+    other = GPT(model.config).half()
+    found = hub.load_torch_model(other, folder, strict=True, safe=True)
+    assert not found.missing_keys and not found.unexpected_keys
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs.half())
+
+
+@pytest.mark.parametrize("design", [GPTConfig.gpt2, GPTConfig.modern])
+@pytest.mark.parametrize("largest", [1, 400, 2_000])
+def test_any_number_of_files_comes_back_as_one_model(tmp_path, monkeypatch, design, largest):
+    monkeypatch.setattr(checkpoints, "LARGEST_FILE", largest)
+    model = GPT(design(**SIZES)).eval()
+    torch.nn.init.normal_(model.head.weight)
+    folder = checkpoints.save_model(tmp_path / "m", model, TOKENIZER, {})
+    assert len(list(folder.glob("model-*"))) > 1 and not (folder / checkpoints.WEIGHTS).exists()
+    again, _, _ = checkpoints.load_model(folder)
+    assert torch.equal(again(torch.tensor([[1, 2, 3]])), model(torch.tensor([[1, 2, 3]])))
+
+
+def test_a_file_of_weights_that_is_missing_or_damaged_is_named(sharded):
+    _, folder = sharded
+    second = folder / "model-00002-of-00002.safetensors"
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is missing or damaged"):
+        checkpoints.load_model(folder)
+    second.unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is missing or damaged"):
+        checkpoints.load_model(folder)
+
+
+@pytest.mark.parametrize("change", [
+    {"norm.weight": "model-00009-of-00002.safetensors"}, {"norm.weight": "model-00001-of-00002.safetensors"},
+    {"nobody.weight": "model-00002-of-00002.safetensors"},
+])  # fmt: skip
+def test_an_index_that_does_not_fit_its_files_is_refused(sharded, tmp_path, change):
+    files = checkpoints.verify(sharded[1])
+    index = json.loads(files[checkpoints.INDEX])
+    index["weight_map"] |= change
+    folder = checkpoints.publish(tmp_path / "m", {**files, checkpoints.INDEX: json.dumps(index).encode()})
+    with pytest.raises(ValueError, match="m is not a model of this version of slm_lib"):
+        checkpoints.load_model(folder)
+
+
+def test_how_torch_computes_an_update_is_the_affair_of_each_machine(saved):
+    model = checkpoints.load_model(saved)[0]
+    theirs = torch.optim.AdamW(model.parameters(), fused=True)
+    theirs.param_groups[0] |= {"lr": torch.tensor(0.25), "capturable": True}  # as on a GPU
+    files = checkpoints.pack_optimizer(theirs, {})
+    assert json.loads(files["optimizer.json"])[0]["lr"] == 0.25
+    mine = torch.optim.AdamW(model.parameters(), fused=False)
+    checkpoints.unpack_optimizer(files, mine)
+    group = mine.param_groups[0]
+    assert (group["lr"], group["fused"], group["capturable"]) == (0.25, False, False)
