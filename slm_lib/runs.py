@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from slm_lib import checkpoints, data, generation, tokens, training
+from slm_lib import checkpoints, data, generation, gpu, tokens, training
 from slm_lib.blocks import GPT, GPTConfig
 from slm_lib.faults import enough_memory
 from slm_lib.ngrams import loss_units
@@ -23,7 +23,7 @@ from slm_lib.presets import PRESETS
 from slm_lib.provenance import provenance
 from slm_lib.settings import CHOICES, TrainingConfig, fastest_precision
 
-RUNS = Path("runs")
+RUNS, LONG_WORK = Path("runs"), 1e15  # operations that take more than an hour without a GPU
 SIZES = {
     "block_size": "how many tokens (by default characters) the model sees at once",
     "n_layer": "how many blocks are stacked",
@@ -141,10 +141,28 @@ def train(args: argparse.Namespace) -> None:
         model, config, count = run.trainer.model, run.trainer.config, run.trainer.ranks.count
         place = str(device) if count == 1 else f"{count} processes ({device.type})"
         print(f"model: {model.n_parameters:,} parameters, a vocabulary of {run.tokenizer.vocab_size:,}, on {place} in "
-              f"{config.precision}; "
-              f"{config.max_iters:,} steps of {config.batch_size} x {run.trainer.block_size} tokens; "
-              f"checkpoints in {run.folder}")
+              f"{config.precision}; {config.max_iters:,} steps of {config.batch_size} x {run.trainer.block_size} "
+              f"tokens; checkpoints in {run.folder}")
+        if run.trainer.ranks.rank == 0:
+            checkpoints.sweep(run.folder)  # it belongs to this run: what a killed process left unfinished is of no use
+        _make_ready(run.trainer)
         run.go()
+
+
+def _make_ready(trainer: training.Trainer) -> None:
+    """On CUDA let the updates be replayed; on a processor say how long work takes that was meant for CUDA."""
+    device, config = trainer.device, trainer.config
+    step = sum(gpu.step_flops(trainer.model.config, config.batch_size, config.optimizer).values())
+    if device.type == "cuda":
+        try:
+            gpu.capture(trainer)
+        except ValueError as error:
+            print(f"each operation is launched on its own: {error}")
+    elif device.type == "cpu" and (flops := step * (config.max_iters - trainer.step)) > LONG_WORK:
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        fastest = gpu.measure_roof(device, dtype).peak
+        print(f"on this processor that takes {flops / fastest / 3600:.1f} hours or more: it is meant for a GPU, and "
+              "--preset shakespeare-cpu for a processor")
 
 
 @contextlib.contextmanager
@@ -180,10 +198,8 @@ def _start(args: argparse.Namespace, corpus: data.Corpus, device: torch.device) 
     model = make_model(args, tokenizer.vocab_size, config.seed, device)
     trainer = training.Trainer(model, tokenizer.encode(text), config)
     if args.minutes is not None:
-        steps = steps_within(trainer, 60 * args.minutes)
-        trainer.config = replace(config, max_iters=steps)
-        print(f"{args.minutes:g} minutes are {steps:,} steps here, as timed on a copy of the model")
-    _sweep(trainer, folder)
+        trainer.config = replace(config, max_iters=steps_within(trainer, 60 * args.minutes))
+        print(f"{args.minutes:g} minutes are {trainer.config.max_iters:,} steps here, as timed on a copy of the model")
     return Run(trainer, tokenizer, corpus, folder, [])
 
 
@@ -204,14 +220,15 @@ def steps_within(trainer: training.Trainer, seconds: float) -> int:
     if not 0 < seconds < 1e8:
         raise ValueError(f"{seconds / 60:g} minutes are no time to train in: give more than 0, less than three years")
     with torch.random.fork_rng([trainer.device] if trainer.device.type == "cuda" else []):
-        model, config = copy.deepcopy(trainer.model), trainer.config
+        model, config = copy.deepcopy(trainer.model), replace(trainer.config, max_iters=4)
         probe = training.Trainer(model, trainer.ids, config, trainer.block_size)
+        _make_ready(probe)
         first = _timed(probe, 1)  # compiles, where that is asked for
-        few = _timed(probe, 3)
+        few = _timed(probe, 3)  # the last of them is recorded, on CUDA
         count = max(3, min(100, int(seconds / 40 / (few / 3))))
         last = _timed(probe, count)
     step = last / count
-    return max(1, int((seconds - first - few - last - (first - step)) / step))  # its first step will take longer too
+    return max(1, int((seconds - 2 * (first + few) - last) / step + 4))  # its own first four take longer too
 
 
 def _timed(trainer: training.Trainer, steps: int) -> float:
@@ -221,12 +238,6 @@ def _timed(trainer: training.Trainer, steps: int) -> float:
     if trainer.run(progress=False).interrupted:
         sys.exit("stopped before the training began")
     return trainer.ranks.mean(torch.tensor(trainer.history.seconds - before, device=trainer.device))
-
-
-def _sweep(trainer: training.Trainer, folder: Path) -> None:
-    """The folder belongs to this run: what a killed process left unfinished in it is of no use."""
-    if trainer.ranks.rank == 0:
-        checkpoints.sweep(folder)
 
 
 def make_tokenizer(args: argparse.Namespace, corpus: data.Corpus, text: str) -> tokens.Tokenizer:
@@ -267,7 +278,6 @@ def _resume(args: argparse.Namespace, corpus: data.Corpus, device: torch.device)
             raise ValueError(f"{checkpoint} was trained on {name}, not on {corpus.name}: name it with --corpus")
         changes = given(args, [*SETTINGS, "compile"])
         trainer = training.Trainer.resume(checkpoint, tokenizer.encode(text), device, **changes)
-        _sweep(trainer, args.resume)
         return Run(trainer, tokenizer, corpus, args.resume, about["commands"])
     raise FileNotFoundError(f"{args.resume} holds no whole checkpoint: give a folder that `train` named, or start anew")
 

@@ -19,3 +19,9 @@ def test_shakespeare_on_a_cpu_is_small_enough_for_two_minutes():
     tokens = preset.training.max_iters * preset.training.batch_size * preset.sizes["block_size"]
     flops = 6 * GPT(preset.model_config(vocab_size=65)).n_parameters * tokens
     assert flops < 2.4e13  # two cores do about 2e11 a second in bfloat16
+
+
+def test_shakespeare_on_a_gpu_has_as_many_parameters_as_it_may():
+    preset = PRESETS["shakespeare-gpu"]
+    model = GPT(preset.model_config(vocab_size=65))
+    assert 10_000_000 < model.n_parameters <= 10_700_000 and model.config.block_size == 256

@@ -208,3 +208,31 @@ def test_a_machine_that_cannot_compile_says_so(slm, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: broken)
     died = slm("train", *TINY, "--compile")[1]
     assert died == "slm_lib: this machine cannot compile the model (no compiler here): leave out --compile"
+
+
+def test_work_that_is_meant_for_a_gpu_says_so_on_a_processor_and_begins(slm, monkeypatch):
+    small = ["--corpus", "mine.txt", "--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--device", "cpu"]
+    printed, died = slm("train", "--preset", "shakespeare-gpu", *small, "--max-iters", "2", "--out", "short")
+    assert died == "" and "2 steps of 64 x 256 tokens" in printed and "hours" not in printed
+    monkeypatch.setattr(runs, "LONG_WORK", 1e9)
+    monkeypatch.setattr(runs.gpu, "measure_roof", lambda *choices: runs.gpu.Roof(peak=1e6, bandwidth=1.0))
+    printed, died = slm("train", "--preset", "shakespeare-gpu", *small, "--max-iters", "2", "--out", "long")
+    step = sum(runs.gpu.step_flops(checkpoints.load_model("long/model")[0].config, 64, "muon").values())
+    assert died == "" and f"on this processor that takes {2 * step / 1e6 / 3600:.1f} hours or more" in printed
+    assert slm("train", "--corpus", "mine.txt", "--device", "cpu", "--resume", "long", "--max-iters", "3")[1] == ""
+
+
+def test_on_cuda_the_updates_are_captured_and_what_cannot_be_is_said(monkeypatch, capsys):
+    model = GPT(GPTConfig.modern(vocab_size=3, block_size=4, n_layer=1, n_head=1, n_embd=4))
+    trainer = runs.training.Trainer(model, torch.arange(60) % 3, TrainingConfig(batch_size=2))
+    trainer.device, captured = torch.device("cuda"), []
+    monkeypatch.setattr(runs.gpu, "capture", captured.append)
+    runs._make_ready(trainer)
+    assert captured == [trainer] and capsys.readouterr().out == ""
+
+    def refuse(trainer):
+        raise ValueError("no reason")
+
+    monkeypatch.setattr(runs.gpu, "capture", refuse)
+    runs._make_ready(trainer)
+    assert capsys.readouterr().out == "each operation is launched on its own: no reason\n"
