@@ -16,7 +16,8 @@ LARGEST_MODEL = 20_000_000_000  # parameters; beyond it a size is a slip of the 
 
 def relu2(x: Tensor) -> Tensor:
     """The square of ReLU, elementwise; So et al. (2021)."""
-    return F.relu(x).square()
+    x = F.relu(x)
+    return x * x  # under autocast CUDA would leave bfloat16 for float32 to compute .square()
 
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu2": relu2, "swiglu": F.silu}

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from slm_lib import generation, gpu, settings
-from slm_lib.blocks import GPT, GPTConfig, count_flops, count_memory
+from slm_lib.blocks import GPT, GPTConfig, count_flops, count_memory, relu2
 from slm_lib.data import CharTokenizer
 from slm_lib.settings import TrainingConfig
 from slm_lib.training import Trainer
@@ -157,6 +157,23 @@ def test_the_memory_of_activations_is_what_the_kernels_of_cuda_keep(monkeypatch,
     shape = config(**{"n_embd": 48, **changes})
     kept = kept_by(GPT(shape), torch.randint(5, (3, 8)), precision)
     assert kept == gpu.training_memory(shape, 3, precision=precision)["activations"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_square_of_relu_is_torchs_to_the_last_bit(dtype):
+    x, slope = (torch.randn(500).to(dtype) for _ in range(2))
+    ends = []
+    for square in (relu2, lambda x: F.relu(x).square()):
+        given = x.clone().requires_grad_()
+        square(given).backward(slope)
+        ends.append((square(x), given.grad))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*ends, strict=True))
+
+
+@on_gpu
+def test_the_square_of_relu_stays_in_bfloat16():
+    with torch.autocast("cuda", torch.bfloat16):
+        assert relu2(torch.ones(3, device="cuda", dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_bfloat16_halves_what_enters_the_products_and_copies_their_weights():
