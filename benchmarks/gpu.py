@@ -241,7 +241,8 @@ def aims(rows: list[dict], writing: list[dict]) -> str:
              ("parameters, at most", 10_700_000, mean("ours", "parameters")),
              ("loss at own context, at most", 1.41, mean(LONG, "loss_own")),
              ("characters written in a second, times nanoGPT's, at least", 5, ratio)]  # fmt: skip
-    return "\n".join(f"{verdict(name, aim, value)}  {name} {number(aim)}: {number(value)}" for name, aim, value in lines)
+    said = (f"{verdict(name, aim, value)}  {name} {number(aim)}: {number(value)}" for name, aim, value in lines)
+    return "\n".join(said)
 
 
 def number(value: float | None) -> str:
