@@ -1,19 +1,29 @@
 """What is counted against what torch counts and keeps; the recorded step against the plain one; and the lesson."""
 
+import ast
+import contextlib
 import math
+import os
+import re
+import subprocess
+import sys
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from exercises import assert_graded, code_cells, lesson_path, notices
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from slm_lib import generation, gpu, settings
+from slm_lib import check, checkpoints, generation, gpu, settings, widgets
 from slm_lib.blocks import GPT, GPTConfig, count_flops, count_memory, relu2
+from slm_lib.checkpoints import load_model
 from slm_lib.data import CharTokenizer
 from slm_lib.settings import TrainingConfig
 from slm_lib.training import Trainer
@@ -359,6 +369,41 @@ def test_where_recording_fails_the_updates_are_made_as_usual_after_a_warning(mon
     assert str(told[0].message) == f"each operation is launched on its own, for recording failed ({reason})"
 
 
+def test_work_goes_aside_three_times_is_recorded_once_and_then_only_replayed(monkeypatch):
+    """The order of what is asked of CUDA, told by stand-ins: where there is no GPU nothing else can tell."""
+    told = []
+
+    class Stream:
+        def __init__(self, name="aside"):
+            self.name = getattr(name, "type", name)
+
+        def wait_stream(self, other):
+            told.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self):
+            told.append("replay")
+
+    @contextlib.contextmanager
+    def within(name):
+        told.append(f"enter {name}")
+        yield
+        told.append(f"leave {name}")
+
+    here = Stream("here")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: within(stream.name))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode, stream: within(f"graph {stream.name}"))
+    replayed = gpu._Replayed(lambda x: told.append("work") or 2 * x, torch.device("cuda"))
+    found = [replayed(torch.full((2,), float(i))).tolist() for i in range(6)]
+    aside = ["aside waits for here", "enter aside", "work", "leave aside", "here waits for aside"]
+    assert told == 3 * aside + ["enter graph aside", "work", "leave graph aside"] + 3 * ["replay"]
+    assert found[:4] == [[0, 0], [2, 2], [4, 4], [6, 6]]
+    assert found[4:] == [[6, 6], [6, 6]] and replayed.inputs[0].tolist() == [5, 5]  # a stand-in computes nothing
+
+
 def test_a_compiled_model_is_captured_too(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
@@ -501,3 +546,290 @@ def test_the_writer_replays_what_generation_writes():
 
 
 # --- the lesson -------------------------------------------------------------------------------------------------------
+
+LESSON = lesson_path("gpu")
+
+
+class BrokenRoof(gpu.Roof):
+    ridge = property(lambda self: 1.000001 * self.peak / self.bandwidth)
+
+    def attainable(self, intensity):
+        return 1.000001 * super().attainable(intensity)
+
+
+class BrokenWriter(gpu.Writer):
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **kwargs)[::-1]
+
+
+def with_one_more(count):
+    def broken(*args):
+        counted = count(*args)
+        first = next(iter(counted))
+        return {**counted, first: counted[first] + 1}
+
+    return broken
+
+
+def captured_with_other_batches(trainer):
+    gpu.capture(trainer)
+    trainer.generator.manual_seed(99)
+
+
+BROKEN = {
+    "intensity": lambda *args: gpu.intensity(*args) * 1.000001,
+    "Roof": BrokenRoof,
+    "step_flops": with_one_more(gpu.step_flops),
+    "training_memory": with_one_more(gpu.training_memory),
+    "utilisation": lambda *args: gpu.utilisation(*args) * 1.000001,
+    "capture": captured_with_other_batches,
+    "Writer": BrokenWriter,
+    "count_flops": with_one_more(count_flops),
+}
+# Cells that take long or take times; of these only the functions that they define are kept.
+LONG_WORK = re.compile(
+    r"seconds_of\(lambda|speed_of|seconds_to_add\(n\) for|measure_roof\(|trained_in|live_run\(\)|per_second\(|in_full"
+    r"|speed_here|in_a_step|surprisal\(|nats\[|of_all|by_place|widgets\."
+)
+WITH_TORCH = re.compile(r"x @ w, \"the|many\.to|written out|looped")  # these proofs ask nothing of the library
+
+
+def small_model(folder):
+    """In place of a trained model: its letters, its record, and few numbers."""
+    _, tokenizer, provenance = load_model(folder)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": tokenizer.vocab_size, "block_size": 128, "n_layer": 1, "n_head": 2, "n_embd": 16}
+    model = GPT(GPTConfig.modern(**sizes)).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    return model, tokenizer, provenance
+
+
+def walk(folder=LESSON.parent, names=None):
+    """Run the lesson without its long work, on small models; yield each cell's source, and the names before it ran."""
+    names = {} if names is None else names
+    with pytest.MonkeyPatch.context() as patched, contextlib.chdir(folder):
+        patched.setenv("SLM_CORPUS", "playhouse")
+        patched.setattr(checkpoints, "load_model", small_model)
+        for source in code_cells(LESSON):
+            yield source, names
+            long = LONG_WORK.search(source) and "check.same(" not in source
+            kept = [node for node in ast.parse(source).body if not long or isinstance(node, ast.FunctionDef)]
+            with contextlib.suppress(AssertionError, NameError, KeyError):  # claims that rest on the long work
+                exec(compile(ast.Module(kept, []), "lesson", "exec"), names)
+            if "plt" in names:
+                names["plt"].close("all")
+
+
+def after(folder=LESSON.parent):
+    """The names of the lesson, with what its long work would have found at hand."""
+    names = [names for _, names in walk(folder)][-1]
+    names |= {"here": gpu.Roof(1e11, 1e10), "speeds": {"cpu": [1e10] * 8}, "additions": 1e9, "whose": "four moments"}
+    names["speed_here"] = {"one window": 1e4, "16 windows": 3e4}
+    names["slopes"] = {kind: 10.0 ** -torch.arange(1.0, 12.0) for kind in ("stream", "logits", "weights")}
+    names["moments"] = [{"step": 10**i, "loss": 4.0 - i, "sample": f"ANN:\nSo be it {i}.\n" * 9} for i in range(4)]
+    return names
+
+
+@pytest.fixture(scope="module")
+def lesson():
+    return after()
+
+
+def test_each_proof_fails_when_the_library_is_broken():
+    caught = set()
+    for source, names in walk():
+        if "check.same(" not in source or "grade_" in source:
+            continue
+        used = {name for name in BROKEN if re.search(rf"\b{name}\(", source)}
+        noticed = {name for name in used if notices(source, {**names, name: BROKEN[name]})}
+        assert noticed or WITH_TORCH.search(source), f"no broken thing is noticed by this proof:\n{source}"
+        caught |= noticed
+    assert caught == set(BROKEN)
+
+
+# --- its exercises ----------------------------------------------------------------------------------------------------
+
+
+def one_after_the_other(work, peak, bandwidth, call):
+    return sum(o / peak + b / bandwidth + call for o, b in work), "arithmetic"
+
+
+def most_kernels(work, peak, bandwidth, call):
+    words = ["arithmetic", "memory", "orders"]
+    longest = [max(zip((o / peak, b / bandwidth, call), words, strict=True)) for o, b in work]
+    return sum(seconds for seconds, _ in longest), max(words, key=[word for _, word in longest].count)
+
+
+def all_at_once(work, peak, bandwidth, call):
+    totals = (sum(o for o, _ in work) / peak, sum(b for _, b in work) / bandwidth, call * len(work))
+    return max(zip(totals, ("arithmetic", "memory", "orders"), strict=True))
+
+
+def scaler(forgets=False, at_once=False, never_doubles=False):
+    def answer(largest, start, patience):
+        scale, good, scales, skipped = start, 0, [], []
+        for size in largest:
+            overflow = size * scale > 65_504
+            scale = scale / 2 if overflow and at_once else scale
+            scales.append(scale)
+            skipped.append(overflow)
+            good = (good if forgets else 0) if overflow else good + 1
+            if overflow and not at_once:
+                scale /= 2
+            elif good == patience and not never_doubles:
+                scale, good = scale * 2, 0
+        return scales, skipped
+
+    answer.__name__ = f"forgets {forgets}, at once {at_once}, never doubles {never_doubles}"
+    return answer
+
+
+def one_by_one(numbers):
+    total = numbers[0]
+    for number in numbers[1:]:
+        total = total + number
+    return total
+
+
+def from_zero(numbers):
+    return sum(numbers)
+
+
+def in_float32(numbers):
+    return torch.tensor([float(number._x) for number in numbers]).sum()
+
+
+def half_of_them(numbers):
+    return numbers[0] if len(numbers) == 1 else half_of_them(numbers[: len(numbers) // 2]) + numbers[-1]
+
+
+def counts_twice(chain, needed, size):
+    results = {name for name, _ in chain}
+    outside = {name for _, inputs in chain for name in inputs} - results
+    return sum(len(inputs) + 1 for _, inputs in chain) * size, (len(outside) + len(needed)) * size
+
+
+def writes_all_results(chain, needed, size):
+    results = {name for name, _ in chain}
+    outside = {name for _, inputs in chain for name in inputs} - results
+    return sum(len(set(inputs)) + 1 for _, inputs in chain) * size, (len(outside) + len(results)) * size
+
+
+def reads_results_again(chain, needed, size):
+    apart = sum(len(set(inputs)) + 1 for _, inputs in chain)
+    return apart * size, (len({name for _, inputs in chain for name in inputs}) + len(needed)) * size
+
+
+def test_graders():
+    assert_graded("gpu", {
+        "my_time": [one_after_the_other, most_kernels, all_at_once],
+        "my_scales": [scaler(forgets=True), scaler(at_once=True), scaler(never_doubles=True)],
+        "my_total": [one_by_one, from_zero, in_float32, half_of_them],
+        "my_bytes": [counts_twice, writes_all_results, reads_results_again],
+    })  # fmt: skip
+
+
+# --- its panels -------------------------------------------------------------------------------------------------------
+
+
+def seen(panel, changes):
+    """Whether every change shows something new, and no complaint."""
+    for change in changes:
+        before = panel.image.value, panel.text
+        panel.set(**change)
+        assert panel.status.value == "" and (panel.image.value, panel.text) != before, (change, panel.status.value)
+
+
+def test_the_panel_of_waiting_follows_its_sliders(lesson):
+    panel = widgets.Panel(
+        lesson["draw_waiting"], windows=widgets.slider(1, 256, 8), n_embd=widgets.slider(96, 3072, 384, 96),
+        on=widgets.choice(list(lesson["roofs"]), "H100"), microseconds_per_order=widgets.slider(0.5, 20.0, 5.0, 0.5),
+    )  # fmt: skip
+    changes = [{"windows": 256}, {"n_embd": 3072}, {"on": "T4"}, {"windows": 1, "n_embd": 96}]
+    seen(panel, [*changes, {"microseconds_per_order": 20.0}])
+
+
+def test_the_panel_of_scales_follows_its_sliders(lesson):
+    controls = {"scale_as_power_of_two": widgets.slider(0, 40, 0), "windows": widgets.slider(1, 64, 64)}
+    panel = widgets.Panel(lesson["draw_scale"], **controls, kind=widgets.choice(["stream", "logits", "weights"]))
+    seen(panel, [{"scale_as_power_of_two": 40}, {"windows": 1}, {"kind": "weights"}])
+
+
+def test_the_panel_of_memory_follows_its_sliders(lesson):
+    panel = widgets.Panel(
+        lesson["draw_memory"], n_layer=widgets.slider(1, 48, 6), n_embd=widgets.slider(64, 2048, 384, 64),
+        context=widgets.slider(64, 4096, 256, 64), windows=widgets.slider(1, 512, 64),
+        optimizer=widgets.choice(["muon", "adamw"]), precision=widgets.choice(["bfloat16", "float32"]),
+    )  # fmt: skip
+    changes = [{"n_layer": 48}, {"n_embd": 64}, {"n_embd": 2048}, {"context": 4096}, {"windows": 1}]
+    seen(panel, [*changes, {"optimizer": "adamw"}, {"precision": "float32"}])
+
+
+def test_the_panel_of_moments_shows_each(lesson):
+    panel = widgets.Panel(lesson["draw_moment"], moment=widgets.slider(0, 3, 3))
+    seen(panel, [{"moment": i} for i in range(3)])
+
+
+def test_the_plan_says_what_it_costs_and_what_does_not_fit(lesson):
+    panel = widgets.Panel(
+        lesson["plan"], million_parameters=widgets.slider(1, 10_000, 10, log=True),
+        million_tokens=widgets.slider(1, 1_000_000, 200, log=True), on=widgets.choice(list(lesson["SHEETS"]), "H100"),
+        devices=widgets.slider(1, 64, 1), share_of_peak=widgets.slider(0.02, 0.8, 0.2, 0.02),
+        per_hour=widgets.slider(0.0, 10.0, 3.0, 0.1), per_kwh=widgets.slider(0.0, 1.0, 0.3, 0.01),
+    )  # fmt: skip
+    assert "too much" not in panel.text
+    changes = [{"devices": 8}, {"share_of_peak": 0.4}, {"per_hour": 9.0}, {"per_kwh": 1.0}, {"million_tokens": 1e6}]
+    seen(panel, [*changes, {"million_parameters": 1e4}, {"on": "T4"}])
+    assert "too much" in panel.text
+
+
+def test_the_panel_of_remedies_measures_here_and_leaves_the_threads_as_they_were(lesson):
+    place, before = widgets.choice(["cpu"]), torch.get_num_threads()
+    knobs = {"n_embd": widgets.slider(32, 512, 32, 32), "windows": widgets.slider(2, 64, 4)}
+    knobs |= {"threads": widgets.slider(1, 2, 1), "place": place}
+    panel = widgets.RunPanel(lesson["measure"], lesson["draw_speeds"], about=lesson["price"], **knobs)
+    assert "operations" in panel.about.text
+    panel.start()
+    assert panel.wait(120) and panel.status.value.startswith("done"), panel.status.value
+    assert list(panel.result)[:3] == ["one window", "4 windows", "fused AdamW"] and min(panel.result.values()) > 0
+    assert torch.get_num_threads() == before
+
+
+# --- with and without what a GPU measured -----------------------------------------------------------------------------
+
+
+def test_without_stored_results_one_line_says_so(lesson, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(check, "result", partial(check.result, folder=tmp_path))
+    assert lesson["stored"]("gpu_steps") is None
+    assert "does not exist yet" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Folders like the project's, with what the programs for a GPU measure at toy size on a processor."""
+    root, project = Path(__file__).parents[1], tmp_path_factory.mktemp("project")
+    (project / "notebooks").mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SLM_CORPUS": "playhouse"}
+    for program in ("gpu_steps", "gpu_run"):
+        words = [sys.executable, root / "benchmarks" / f"{program}.py", "--dry", project]
+        subprocess.run(words, check=True, env=environment, cwd=root, capture_output=True)
+    for model in (root / "models").iterdir():
+        if model.name != "shakespeare-gpu":
+            (project / "models" / model.name).symlink_to(model)
+    return project
+
+
+def test_with_stored_results_the_lesson_shows_them(measured, monkeypatch, capsys):
+    monkeypatch.setattr(check, "result", partial(check.result, folder=measured))
+    names = after(measured / "notebooks")
+    capsys.readouterr()
+    shows = ["steps_of_gpu = ", 'row["study"] == "memory"', "speed_rows, rates", "full_run = ", "moments, whose"]
+    shows += ["has_gpu_model = "]
+    with contextlib.chdir(measured / "notebooks"):
+        for source in (source for source in code_cells(LESSON) if any(mark in source for mark in shows)):
+            exec(source, names)
+            names["plt"].close("all")
+    assert names["steps_of_gpu"]["dry"] and names["full_run"]["dry"]
+    assert names["whose"].startswith("stored") and names["moments"] == names["full_run"]["rows"]
+    assert names["larger"] == "shakespeare-gpu" and "does not exist" not in capsys.readouterr().out
+    assert list(names["rates"])[0] == "float32" and names["draw_moment"](len(names["moments"]) - 1).axes
