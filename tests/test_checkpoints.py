@@ -7,6 +7,7 @@ import resource
 import signal
 
 import pytest
+import safetensors
 import torch
 
 from slm_lib import checkpoints
@@ -163,6 +164,9 @@ def test_the_files_are_those_that_hugging_face_would_write_and_read(sharded):
     weights = {name: weight.half() for name, weight in model.state_dict().items()}
     theirs = hub.split_torch_state_dict_into_shards(weights, max_shard_size=checkpoints.LARGEST_FILE)
     assert index == {"metadata": theirs.metadata, "weight_map": theirs.tensor_to_filename}
+    for path in folder.glob("model-*"):
+        with safetensors.safe_open(path, "pt") as part:
+            assert part.metadata() == {"format": "pt"}
     other = GPT(model.config).half()
     found = hub.load_torch_model(other, folder, strict=True, safe=True)
     assert not found.missing_keys and not found.unexpected_keys

@@ -220,6 +220,9 @@ def test_work_that_is_meant_for_a_gpu_says_so_on_a_processor_and_begins(slm, mon
     step = sum(runs.gpu.step_flops(checkpoints.load_model("long/model")[0].config, 64, "muon").values())
     assert died == "" and f"on this processor that takes {2 * step / 1e6 / 3600:.1f} hours or more" in printed
     assert slm("train", "--corpus", "mine.txt", "--device", "cpu", "--resume", "long", "--max-iters", "3")[1] == ""
+    monkeypatch.setattr(runs, "LONG_WORK", 500 * step)  # beyond what is done in a moment, and in the trials before it
+    printed, died = slm("train", "--preset", "shakespeare-gpu", *small, "--minutes", "0.005", "--out", "timed")
+    assert died == "" and "0.005 minutes are" in printed and "hours" not in printed
 
 
 def test_on_cuda_the_updates_are_captured_and_what_cannot_be_is_said(monkeypatch, capsys):
