@@ -624,7 +624,7 @@ def after(folder=LESSON.parent):
     """The names of the lesson, with what its long work would have found at hand."""
     names = [names for _, names in walk(folder)][-1]
     names |= {"here": gpu.Roof(1e11, 1e10), "speeds": {"cpu": [1e10] * 8}, "additions": 1e9, "whose": "four moments"}
-    names["speed_here"] = {"one window": 1e4, "16 windows": 3e4}
+    names |= {"sides": [2**i for i in range(3, 11)], "speed_here": {"one window": 1e4, "16 windows": 3e4}}
     names["slopes"] = {kind: 10.0 ** -torch.arange(1.0, 12.0) for kind in ("stream", "logits", "weights")}
     names["moments"] = [{"step": 10**i, "loss": 4.0 - i, "sample": f"ANN:\nSo be it {i}.\n" * 9} for i in range(4)]
     return names
