@@ -436,10 +436,11 @@ def test_the_panel_shows_any_two_models_on_any_text(lesson):
     minds = {"one": lambda text: torch.ones(len(text)), "half": lambda text: torch.linspace(0, 1, len(text))}
     draw = with_names(lesson["draw_two_minds"], {"minds": minds, "gpt_letters": lesson["letters"]})
     first, second = widgets.choice(["one", "half"]), widgets.choice(["half", "one"])
-    panel = widgets.Panel(draw, text=widgets.entry("O Romeo"), first=first, second=second)
+    darkest = widgets.slider(1, 10, 6)
+    panel = widgets.Panel(draw, text=widgets.entry("O Romeo"), first=first, second=second, darkest=darkest)
     seen = {panel.image.value}
     texts = [{"text": "“Wherefore” art thou"}, {"text": "Line\nand line"}]
-    for change in ({"first": "half"}, {"second": "one"}, *texts):
+    for change in ({"first": "half"}, {"second": "one"}, {"darkest": 2}, *texts):
         panel.set(**change)
         assert panel.status.value == "" and panel.image.value not in seen, (change, panel.status.value)
         seen.add(panel.image.value)
