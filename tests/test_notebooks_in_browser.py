@@ -240,7 +240,10 @@ PANELS = {
     "attention": "widgets.Panel(draw_head",
     "blocks": "draw_parts, n_layer=widgets",
     "adam": "draw_path, surface=widgets",
+    "architectures": "widgets.Panel(draw_reach",
     "generation": "widgets.Panel(\n    draw_next, place=widgets",
+    "evaluation": "widgets.Panel(\n    draw_two_minds",
+    "gpu": "widgets.Panel(\n    draw_memory, n_layer=widgets",
 }
 RUN_PANELS = {"training": "panel = widgets.RunPanel(\n    train_live", "tuning": "widgets.RunPanel(try_out"}
 
