@@ -15,6 +15,8 @@ from slm_lib.blocks import GPT
 from slm_lib.cache import KeyValueCache
 from slm_lib.tokens import Tokenizer, decode_stream
 
+LARGE = 4_000_000  # so many weights do not stay in a processor's cache from one token to the next
+
 # --- one distribution -------------------------------------------------------------------------------------------------
 
 
@@ -88,7 +90,7 @@ class _Window:
         _within("keep", self.keep, 1, self.size, "so many tokens are read again when the window is full")
         self.device = next(model.parameters()).device
         self.cache = KeyValueCache.of(model, B) if _remembers(model) else None
-        if self.cache is not None and B == 1 and self.device.type == "cpu":
+        if self.cache is not None and B == 1 and self.device.type == "cpu" and model.n_parameters >= LARGE:
             self.model = _by_columns(model)
 
     @torch.inference_mode()

@@ -146,7 +146,9 @@ def written_slowly(model, prompt, length, keep, repetition_penalty=1.0, **wishes
     return TOKENIZER.decode(ids[0, len(prompt) :])
 
 
-def test_a_lone_text_is_written_from_a_copy_stored_by_columns(model):
+def test_a_lone_text_of_a_large_model_is_written_from_a_copy_stored_by_columns(model, monkeypatch):
+    assert generation._Window(model, 1).model is model
+    monkeypatch.setattr(generation, "LARGE", model.n_parameters)
     before = {name: (weight.data_ptr(), weight.stride()) for name, weight in model.named_parameters()}
     window, ids = generation._Window(model, 1), torch.randint(model.config.vocab_size, (1, 5))
     stored = [part.weight for part in window.model.modules() if isinstance(part, torch.nn.Linear)]
