@@ -1,6 +1,7 @@
 """For the tests of lessons: their cells, whether a proof notices what was broken, and whether graders grade."""
 
 import ast
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,15 @@ def notices(proof: str, names: dict, *others: type[Exception]) -> bool:
     except (AssertionError, *others):
         return True
     return False
+
+
+def execute_but_for_long_work(source: str, names: dict, long: bool, *suppressed: type[Exception]) -> None:
+    """Execute a cell with these names, of a long one the functions alone; what rests on long work may raise."""
+    kept = [node for node in _parsed(source).body if not long or isinstance(node, ast.FunctionDef)]
+    with contextlib.suppress(*suppressed):
+        exec(compile(ast.Module(kept, []), "lesson", "exec"), names)
+    if "plt" in names:
+        names["plt"].close("all")
 
 
 def assert_graded(noun: str, wrong: dict[str, list[Callable]], notebooks: Path = NOTEBOOKS) -> None:

@@ -1,6 +1,5 @@
 """Other architectures against torch's own modules, what each may see, how they learn, and their lesson."""
 
-import ast
 import contextlib
 import copy
 import math
@@ -9,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from exercises import assert_graded, code_cells, lesson_path, notices
+from exercises import assert_graded, code_cells, execute_but_for_long_work, lesson_path, notices
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -442,13 +441,8 @@ def walk():
         patched.setattr(training, "evaluate", short_evaluate)
         for source in code_cells(LESSON):
             yield source, names
-            nodes = ast.parse(source).body
             long = any(mark in source for mark in LONG_WORK) and "check.same(" not in source
-            kept = [node for node in nodes if not long or isinstance(node, ast.FunctionDef)]
-            with contextlib.suppress(AssertionError, NameError):  # claims about trained models
-                exec(compile(ast.Module(kept, []), "lesson", "exec"), names)
-            if "plt" in names:
-                names["plt"].close("all")
+            execute_but_for_long_work(source, names, long, AssertionError, NameError)  # claims about trained models
 
 
 @pytest.fixture(scope="module")

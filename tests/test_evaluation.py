@@ -1,6 +1,5 @@
 """Units, intervals, the paired test, parts of a loss and calibration against their definitions; and the lesson."""
 
-import ast
 import contextlib
 import itertools
 import math
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from exercises import assert_graded, code_cells, lesson_path, notices
+from exercises import assert_graded, code_cells, execute_but_for_long_work, lesson_path, notices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -292,16 +291,12 @@ def walk():
         patched.setenv("SLM_CORPUS", "playhouse")
         for source in code_cells(LESSON):
             yield source, names
-            nodes, long = ast.parse(source).body, LONG_WORK.search(source) and "check.same(" not in source
+            long = LONG_WORK.search(source) and "check.same(" not in source
             long = long and "from slm_lib" not in source
-            kept = [node for node in nodes if not long or isinstance(node, ast.FunctionDef)]
-            with contextlib.suppress(NameError, KeyError):  # what rests on long work
-                exec(compile(ast.Module(kept, []), "lesson", "exec"), names)
+            execute_but_for_long_work(source, names, long, NameError, KeyError)
             if "train_ids" not in names and "play_train" in names:
                 names["train_ids"], names["play_ids"] = (names["letters"].encode(names[part][:20_000])
                                                          for part in ("play_train", "play_val"))  # fmt: skip
-            if "plt" in names:
-                names["plt"].close("all")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """What is drawn comes from the model's own probabilities, reshaped as asked, and a seed repeats it."""
 
-import ast
 import contextlib
 import itertools
 import random
@@ -10,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from exercises import assert_graded, code_cells, lesson_path, notices
+from exercises import assert_graded, code_cells, execute_but_for_long_work, lesson_path, notices
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
@@ -371,13 +370,9 @@ def walk():
         patched.setattr(checkpoints, "load_model", small_model)
         for source in code_cells(LESSON):
             yield source, names
-            nodes, long = ast.parse(source).body, LONG_WORK.search(source) and "check.same(" not in source
-            kept = [node for node in nodes if not long or isinstance(node, ast.FunctionDef)]
-            with contextlib.suppress(AssertionError, NameError, KeyError):  # claims about the trained model, long texts
-                exec(compile(ast.Module(kept, []), "lesson", "exec"), names)
+            long = LONG_WORK.search(source) and "check.same(" not in source
+            execute_but_for_long_work(source, names, long, AssertionError, NameError, KeyError)
             names.setdefault("pairs", {"greedy": [("", "to be or not to be or not to be")]})
-            if "plt" in names:
-                names["plt"].close("all")
 
 
 @pytest.fixture(scope="module")
